@@ -1,0 +1,25 @@
+"""The axes table: one letter names one axis everywhere, and the table is the dependency graph of surgery.
+
+============  ==========================================
+`d`           residual width
+`k`           key/value head (its group of query heads goes with it)
+`g`           query head inside its group
+`h`           head dimension
+`f`           MLP channel
+`v`           vocabulary
+`l b t s`     layer, batch, time (query), time (key)
+============  ==========================================
+
+Removing a unit means taking the kept positions along its letter, in every array whose axes contain that letter. A KV group
+therefore takes its query heads and its rows of `o` with it by construction.
+"""
+
+ATTENTION = dict(attn_norm="d", q="dkgh", k="dkh", v="dkh", o="kghd")
+MLP = dict(mlp_norm="d", gate="df", up="df", down="fd")
+BIASES = dict(q_bias="kgh", k_bias="kh", v_bias="kh", o_bias="d", gate_bias="f", up_bias="f", down_bias="d")
+LAYER = ATTENTION | MLP | BIASES
+TOP = dict(embed="vd", norm="d", head="dv")
+
+INPUT = dict(q="d", k="d", v="d", o="kgh", gate="d", up="d", down="f")  # the letters that a matrix contracts over
+UNITS = dict(k="kgh", f="f", d="d")  # prunable letter -> the letters that a tap on that unit keeps
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # what `--ratio` counts

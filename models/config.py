@@ -1,0 +1,127 @@
+"""The configuration of a LLaMA-family model whose layers may all differ."""
+
+import dataclasses
+import itertools
+from typing import Any, NamedTuple
+
+from jaxprune.models import axes
+
+
+class LayerDims(NamedTuple):
+    """Widths of one decoder layer; 0 means that this sublayer is gone.
+
+    Attributes:
+      kv_heads: key/value heads (axis `k`).
+      q_per_kv: query heads for each key/value head (axis `g`).
+      ff: MLP channels (axis `f`).
+    """
+
+    kv_heads: int
+    q_per_kv: int
+    ff: int
+
+
+class Run(NamedTuple):
+    """Consecutive layers of equal shape: one stacked array per weight, one `lax.scan`."""
+
+    name: str
+    start: int
+    length: int
+    dims: LayerDims
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """Hashable, so it can be a static argument of `jax.jit`.
+
+    Attributes:
+      vocab: vocabulary size.
+      d: width of the residual stream.
+      head_dim: size of one head. The softmax scale is `head_dim ** -0.5`.
+      layers: widths of each decoder layer.
+      norm_eps: added to the mean square inside RMSNorm.
+      rope_theta: base of the rotary frequencies.
+      rope_scaling: Hugging Face's rope scaling settings as sorted pairs, e.g. `(("factor", 8.0), ("rope_type", "llama3"))`.
+      max_positions: longest sequence that the model was trained for.
+      tie_embeddings: the output head is the transposed embedding.
+      biases: which of q k v o gate up down add a bias.
+      sliding_window: a token attends to at most this many last tokens (Mistral), or None.
+      family: the Hugging Face `model_type` that it was loaded from: `llama`, `mistral` or `qwen2`.
+      bos_id, eos_ids, pad_id: special tokens, as far as the checkpoint names them.
+    """
+
+    vocab: int
+    d: int
+    head_dim: int
+    layers: tuple[LayerDims, ...]
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: tuple[tuple[str, Any], ...] = ()
+    max_positions: int = 2048
+    tie_embeddings: bool = False
+    biases: tuple[str, ...] = ()
+    sliding_window: int | None = None
+    family: str = "llama"
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+
+    def __post_init__(self):
+        unknown = set(self.biases) - set(axes.MATRICES)
+        if unknown:
+            raise ValueError(f"biases: {sorted(unknown)} given; allowed are {axes.MATRICES}")
+        if not self.layers:
+            raise ValueError("layers: none given; a model needs at least one LayerDims")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim: {self.head_dim} given; rotary embeddings need an even number")
+        if any(n < 0 for dims in self.layers for n in dims):
+            raise ValueError(f"layers: negative widths in {self.layers}; use 0 for a sublayer that is gone")
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Consecutive layers of equal widths, in order.
+
+        >>> from jaxprune.models import LayerDims, LlamaConfig
+        >>> cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48),) * 3 + (LayerDims(1, 2, 48),))
+        >>> [(run.name, run.start, run.length) for run in cfg.runs]
+        [('run_0', 0, 3), ('run_1', 3, 1)]
+        """
+        out, start = [], 0
+        for i, (dims, group) in enumerate(itertools.groupby(self.layers)):
+            length = len(list(group))
+            out.append(Run(f"run_{i}", start, length, dims))
+            start += length
+        return tuple(out)
+
+    def sizes(self, dims: LayerDims | None = None) -> dict[str, int]:
+        """Axis letter -> size, of the whole model or of a layer."""
+        out = dict(v=self.vocab, d=self.d, h=self.head_dim)
+        return out if dims is None else out | dict(k=dims.kv_heads, g=dims.q_per_kv, f=dims.ff)
+
+    def layer_arrays(self, dims: LayerDims) -> dict[str, str]:
+        """Array name -> axes, of one layer with these widths. A bias on the residual stream outlives its sublayer.
+
+        >>> from jaxprune.models import LayerDims, LlamaConfig
+        >>> cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48),), biases=("o",))
+        >>> cfg.layer_arrays(LayerDims(0, 0, 48))
+        {'mlp_norm': 'd', 'gate': 'df', 'up': 'df', 'down': 'fd', 'o_bias': 'd'}
+        """
+        weights = (axes.ATTENTION if dims.kv_heads else {}) | (axes.MLP if dims.ff else {})
+        biases = {f"{n}_bias": axes.BIASES[f"{n}_bias"] for n in axes.MATRICES if n in self.biases}
+        gone = ("" if dims.kv_heads else "k") + ("" if dims.ff else "f")
+        return weights | {n: ax for n, ax in biases.items() if not set(ax) & set(gone)}
+
+    def top_arrays(self) -> dict[str, str]:
+        """Array name -> axes, of what stands outside the layers."""
+        return {n: ax for n, ax in axes.TOP.items() if not (n == "head" and self.tie_embeddings)}
+
+    def matrix_parameters(self, dims: LayerDims) -> int:
+        """Parameters of the attention and MLP matrices of one layer: what a pruning ratio is a fraction of."""
+        size = self.sizes(dims)
+        attention = (2 + 2 * size["g"]) * size["k"] * size["h"]
+        return size["d"] * (attention + 3 * size["f"])
+
+    @property
+    def decoder_parameters(self) -> int:
+        """Parameters of the attention and MLP matrices of all layers."""
+        return sum(map(self.matrix_parameters, self.layers))
