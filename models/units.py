@@ -1,0 +1,70 @@
+"""Units of a model: their statistics and their cost."""
+
+
+from jaxprune.models import axes
+from jaxprune.models._taps import reduce_onto
+from jaxprune.models.config import LlamaConfig
+from jaxprune.models.types import Params, PerLayer
+
+
+def sum_over_units(tree: Params, cfg: LlamaConfig, units: str = "kf") -> PerLayer:
+    """Sums an element-wise statistic, shaped like params, over everything but the units and their channels.
+
+    Args:
+      tree: shaped like the params of `cfg`.
+      cfg: the model.
+      units: axis letters. For `d` the matrices, norms and embeddings count: the embedding stands with the first layer, the final
+        norm and the head with the last.
+
+    Returns:
+      Per layer, axis letter -> tensor name -> float32[unit, ..., channel].
+
+    >>> import jax
+    >>> from jaxprune import models
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 3, 48),))
+    >>> s = models.sum_over_units(models.init(jax.random.key(0), cfg), cfg)
+    >>> s[0]["k"]["o"].shape, s[0]["f"]["gate"].shape
+    ((2, 3, 8), (48,))
+    """
+    per_layer: list[dict] = []
+    for run in cfg.runs:
+        arrays, size = tree.get(run.name, {}), cfg.sizes(run.dims)
+        for i in range(run.length):
+            counted = {n: x[i] for n, x in arrays.items() if n in axes.MATRICES or ("d" in units and n.endswith("norm"))}
+            per_layer.append(
+                {
+                    u: {n: reduce_onto(x, axes.LAYER[n], axes.UNITS[u]) for n, x in counted.items() if u in axes.LAYER[n]}
+                    for u in units
+                    if size[u]
+                }
+            )
+    if "d" in units:
+        for name, letters in cfg.top_arrays().items():
+            where = per_layer[0 if name == "embed" else -1]["d"]
+            where[f"top/{name}"] = reduce_onto(tree[name], letters, "d")
+    return tuple(per_layer)
+
+
+def unit_costs(cfg: LlamaConfig) -> PerLayer:
+    """Parameters of the attention and MLP matrices that go with one unit, per layer and axis letter (`k` and `f`).
+
+    >>> from jaxprune import models
+    >>> models.unit_costs(models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 3, 48),)))
+    ({'k': 2048, 'f': 96},)
+    """
+    out = []
+    for dims in cfg.layers:
+        size = cfg.sizes(dims)
+        costs = dict(k=size["d"] * size["h"] * (2 + 2 * size["g"]), f=3 * size["d"])
+        out.append({u: c for u, c in costs.items() if size[u]})
+    return tuple(out)
+
+
+def unit_counts(cfg: LlamaConfig, units: str = "kf") -> PerLayer:
+    """Number of units, per layer and axis letter, of sublayers that exist.
+
+    >>> from jaxprune import models
+    >>> models.unit_counts(models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 3, 48),)))
+    ({'k': 2, 'f': 48},)
+    """
+    return tuple({u: cfg.sizes(dims)[u] for u in units if cfg.sizes(dims)[u]} for dims in cfg.layers)
