@@ -21,19 +21,15 @@ class Constraints:
       layers: layers that may be pruned, half-open; None is all.
       units: axis letters that may be pruned.
       multiple_of: MLP widths that change are multiples of this.
-      max_distinct: at most this many different layer shapes in the whole model, or None.
     """
 
     layers: tuple[int, int] | None = None
     units: str = "kf"
     multiple_of: int = 1
-    max_distinct: int | None = None
 
     def __post_init__(self):
         if self.multiple_of < 1:
             raise ValueError(f"multiple_of: {self.multiple_of} given; ask for at least 1")
-        if self.max_distinct is not None and self.max_distinct < 1:
-            raise ValueError(f"max_distinct: {self.max_distinct} given; ask for at least 1")
         if not self.units or set(self.units) - set("kf"):
             raise ValueError(f"units: {self.units!r} given; allowed are k (KV groups), f (MLP channels) or both")
 
@@ -63,12 +59,13 @@ def reachable(cfg: LlamaConfig, constraints: Constraints) -> int:
     return sum(
         costs[i][a] * (n - constraints.fewest(a, n))
         for i in constraints.chosen(cfg)
-        for a, n in _widths(cfg)[i].items()
+        for a, n in full_widths(cfg)[i].items()
         if a in constraints.units
     )
 
 
-def _widths(cfg: LlamaConfig) -> list[dict[str, int]]:
+def full_widths(cfg: LlamaConfig) -> list[dict[str, int]]:
+    """Units of the model, per layer and axis letter, `k` before `f`."""
     return [{a: cfg.sizes(dims)[a] for a in "kf" if cfg.sizes(dims)[a]} for dims in cfg.layers]
 
 
@@ -83,7 +80,7 @@ def _check(cfg: LlamaConfig, budget: int, constraints: Constraints) -> None:
 
 def removed(cfg: LlamaConfig, widths: Widths) -> int:
     """Parameters of attention and MLP matrices that an allocation removes."""
-    costs, full = unit_costs(cfg), _widths(cfg)
+    costs, full = unit_costs(cfg), full_widths(cfg)
     return sum(costs[i][a] * (full[i][a] - n) for i, layer in enumerate(widths) for a, n in layer.items())
 
 
@@ -112,7 +109,7 @@ def local(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constrai
     """
     del scores
     _check(cfg, budget, constraints)
-    widths, costs, chosen = _widths(cfg), unit_costs(cfg), constraints.chosen(cfg)
+    widths, costs, chosen = full_widths(cfg), unit_costs(cfg), constraints.chosen(cfg)
     held = {a: sum(costs[i][a] * widths[i].get(a, 0) for i in chosen if a in costs[i]) for a in constraints.units}
     fraction = budget / sum(held.values())
     left = budget
@@ -143,7 +140,7 @@ def global_(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constr
       scores: per layer, axis letter -> float32[units], on one scale.
       cfg: the model.
       budget: parameters to remove.
-      constraints: which layers and units; multiples; number of distinct shapes.
+      constraints: which layers and units; multiples.
 
     Raises:
       ValueError: the budget is more than these layers and units hold.
@@ -159,7 +156,7 @@ def global_(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constr
     ({'k': 2, 'f': 1}, {'k': 2, 'f': 4})
     """
     _check(cfg, budget, constraints)
-    widths, costs = _widths(cfg), unit_costs(cfg)
+    widths, costs = full_widths(cfg), unit_costs(cfg)
     items = []  # score, layer, axis, units
     for i in constraints.chosen(cfg):
         for a, n in widths[i].items():
@@ -177,71 +174,7 @@ def global_(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constr
         if abs(left - cost) < left:
             widths[i][a] -= n
             left -= cost
-    return _merge_shapes(widths, cfg, budget, constraints)
-
-
-def _merge_shapes(widths: list[dict[str, int]], cfg: LlamaConfig, budget: int, constraints: Constraints) -> Widths:
-    """Merges the two most similar shapes among the chosen layers until at most `max_distinct` are left in the model."""
-    if constraints.max_distinct is None:
-        return tuple(widths)
-    chosen, costs, full = constraints.chosen(cfg), unit_costs(cfg), _widths(cfg)
-    fixed = {tuple(widths[i].items()) for i in range(len(widths)) if i not in chosen}
-    room = constraints.max_distinct - len(fixed)
-    groups: dict[tuple, list[int]] = {}
-    for i in chosen:
-        groups.setdefault((*widths[i].items(),), []).append(i)
-    groups = {k: v for k, v in groups.items() if k not in fixed}
-    if room < 1 and groups:
-        raise ValueError(
-            f"max_distinct: {constraints.max_distinct} given, but the layers left alone already have {len(fixed)} shapes; "
-            f"ask for at least {len(fixed) + 1}"
-        )
-    cost = costs[chosen[0]]
-    while len(groups) > room:
-        shapes = sorted(groups)
-        pairs = [(p, q) for n, p in enumerate(shapes) for q in shapes[n + 1 :] if dict(p).keys() == dict(q).keys()]
-        if not pairs:
-            raise ValueError(f"max_distinct: {room} shapes asked of layers with different sublayers; raise it to {len(fixed) + len(groups)}")
-
-        def price(pair):
-            p, q = map(dict, pair)
-            a, b = (len(groups[x]) for x in pair)
-            return sum((cost[k] * (p[k] - q[k])) ** 2 for k in p) * a * b / (a + b)
-
-        p, q = min(pairs, key=price)
-        members = groups.pop(p) + groups.pop(q)
-        merged = {}
-        for axis in dict(p):
-            mean = sum(widths[i][axis] for i in members) / len(members)
-            step = constraints.multiple_of if axis == "f" else 1
-            merged[axis] = min(max(round(mean / step) * step, constraints.fewest(axis, full[members[0]][axis])), full[members[0]][axis])
-        for i in members:
-            widths[i] = dict(merged)
-        groups.setdefault(tuple(merged.items()), []).extend(members)
-    _spend_rest(widths, list(groups.values()), cfg, budget, constraints)
     return tuple(widths)
-
-
-def _spend_rest(widths, groups, cfg: LlamaConfig, budget: int, constraints: Constraints) -> None:
-    """Widens or narrows whole groups of layers by one multiple of MLP channels while that comes nearer to the budget."""
-    costs, full, step = unit_costs(cfg), _widths(cfg), constraints.multiple_of
-    if "f" not in constraints.units:
-        return
-    while True:
-        gap = budget - removed(cfg, tuple(widths))
-        best, change = abs(gap), None
-        for members in groups:
-            i = members[0]
-            if "f" not in widths[i]:
-                continue
-            new = widths[i]["f"] - step * int(np.sign(gap))
-            if constraints.fewest("f", full[i]["f"]) <= new <= full[i]["f"]:
-                error = abs(gap - int(np.sign(gap)) * step * costs[i]["f"] * len(members))
-                best, change = min((best, change), (error, (members, new)), key=lambda z: z[0])
-        if change is None:
-            return
-        for i in change[0]:
-            widths[i]["f"] = change[1]
 
 
 def whole_layers(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constraints) -> Widths:
@@ -263,7 +196,7 @@ def whole_layers(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: C
     >>> allocate.whole_layers(scores, cfg, cfg.decoder_parameters // 2, allocate.Constraints())
     ({'k': 1, 'f': 2}, {'k': 0, 'f': 0})
     """
-    widths, chosen = _widths(cfg), constraints.chosen(cfg)
+    widths, chosen = full_widths(cfg), constraints.chosen(cfg)
     totals = {i: sum(float(np.sum(x)) for x in scores[i].values()) for i in chosen if widths[i]}
     left = budget
     for i in sorted(totals, key=lambda i: (totals[i], i)):
@@ -301,7 +234,7 @@ def llm_pruner(ratio: float) -> Allocator:
 
     def allocate(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constraints) -> Widths:
         del scores, budget
-        widths, h = _widths(cfg), cfg.head_dim
+        widths, h = full_widths(cfg), cfg.head_dim
         for i in constraints.chosen(cfg):
             for a, n in widths[i].items():
                 size = h if a == "k" else 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,7 +31,8 @@ def pruned_config(cfg: LlamaConfig, plan: Plan) -> LlamaConfig:
     return dataclasses.replace(cfg, layers=layers, d=d)
 
 
-def _take(x, letters: str, keep: dict):
+def take(x: jax.Array, letters: str, keep: dict) -> jax.Array:
+    """The kept positions of one array whose axes are `letters`; axes that `keep` does not name stay whole."""
     for i, axis in enumerate(letters):
         if axis in keep:
             x = jnp.take(x, jnp.asarray(keep[axis]), axis=i)
@@ -61,14 +63,14 @@ def cut(params: Params, cfg: LlamaConfig, plan: Plan) -> tuple[Params, LlamaConf
     """
     small = pruned_config(cfg, plan)
     shared = {"d": plan.keep[0]["d"]} if "d" in plan.keep[0] else {}
-    out = {name: _take(params[name], letters, shared) for name, letters in cfg.top_arrays().items()}
+    out = {name: take(params[name], letters, shared) for name, letters in cfg.top_arrays().items()}
     where = {run.start + i: (run.name, i) for run in cfg.runs for i in range(run.length)}
     for run in small.runs:
         arrays: dict[str, list] = {}
         for layer in range(run.start, run.start + run.length):
             name, i = where[layer]
             for array, letters in small.layer_arrays(run.dims).items():
-                arrays.setdefault(array, []).append(_take(params[name][array][i], letters, plan.keep[layer]))
+                arrays.setdefault(array, []).append(take(params[name][array][i], letters, plan.keep[layer]))
         if arrays:
             out[run.name] = {array: jnp.stack(slices) for array, slices in arrays.items()}
     return out, small

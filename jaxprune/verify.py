@@ -1,0 +1,117 @@
+"""The proof that a cut is exact, for users to run on their own weights."""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.models import LlamaConfig, Params, apply
+from jaxprune.plan import Plan
+from jaxprune.surgery import gates_of, pruned_config, take, widen
+
+TOLERANCE = dict(float32=1e-4, bfloat16=5e-2, float16=1e-2)  # of the largest logit
+
+
+class Report(NamedTuple):
+    """What `verify` found.
+
+    Attributes:
+      difference: largest absolute difference between the logits of the pruned model and of its weights, scattered into the dense
+        shapes and gated.
+      largest_logit: largest absolute logit, for scale.
+      tolerance: largest difference that counts as equal.
+      kept: tensors whose bits equal the kept slice of the dense model.
+      updated: tensors that differ, with the largest absolute difference.
+      undeclared: updated tensors that no declared update explains.
+    """
+
+    difference: float
+    largest_logit: float
+    tolerance: float
+    kept: tuple[str, ...]
+    updated: dict[str, float]
+    undeclared: tuple[str, ...]
+
+    @property
+    def exact(self) -> bool:
+        """The cut is exact, and nothing changed that was not declared."""
+        return self.difference <= self.tolerance and not self.undeclared
+
+
+def verify(
+    params: Params, cfg: LlamaConfig, small: Params, small_cfg: LlamaConfig, plan: Plan, tokens: Any, updates: tuple[str, ...] = ()
+) -> Report:
+    """Compares a pruned model with the dense one that it was cut from.
+
+    The pruned model's own weights are scattered into the dense shapes, zeros elsewhere, and gated by the plan: its logits must be
+    those of the pruned model, whatever updated the weights. Tensor by tensor, the kept slice of the dense weights is compared bit for bit.
+
+    Args:
+      params, cfg: the dense model.
+      small, small_cfg: the pruned model.
+      plan: what was kept.
+      tokens: int32[b, t].
+      updates: names of arrays (`q`, `down`, ...) that were meant to change, e.g. by reconstruction or training.
+
+    Returns:
+      A report; `report.exact` is the verdict.
+
+    Raises:
+      ValueError: the plan is for another model, or the pruned model does not have the widths that it asks for.
+
+    >>> import jax
+    >>> from jaxprune import models, plan, surgery, verify
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),))
+    >>> params = models.init(jax.random.key(0), cfg)
+    >>> keep = plan.Plan(({"k": [1], "f": range(40)},), models.unit_counts(cfg))
+    >>> verify.verify(params, cfg, *surgery.cut(params, cfg, keep), keep, jax.numpy.zeros((1, 5), int)).exact
+    True
+    """
+    want = pruned_config(cfg, plan)
+    if (small_cfg.layers, small_cfg.d) != (want.layers, want.d):
+        where = next((i for i, (a, b) in enumerate(zip(small_cfg.layers, want.layers, strict=False)) if a != b), None)
+        got = f"layer {where} has {small_cfg.layers[where]}" if where is not None else f"{len(small_cfg.layers)} layers of width {small_cfg.d}"
+        expected = want.layers[where] if where is not None else f"{len(want.layers)} layers of width {want.d}"
+        raise ValueError(f"verify: the pruned model is not what the plan makes of the dense one: {got}, the plan asks for {expected}")
+    wide_cfg = dataclasses.replace(cfg, biases=small_cfg.biases)
+    wide = widen(small, wide_cfg, plan)
+    logits = jax.jit(functools.partial(apply, cfg=small_cfg))(small, tokens)
+    gated = jax.jit(lambda p, t, g: apply(p, t, wide_cfg, g))(wide, tokens, gates_of(plan, cfg))
+    largest = float(jnp.max(jnp.abs(logits)))
+    differences = dict(_differences(params, cfg, small, small_cfg, plan))
+    updated = {name: d for name, d in differences.items() if d}
+    return Report(
+        difference=float(jnp.max(jnp.abs(logits - gated))),
+        largest_logit=largest,
+        tolerance=TOLERANCE[str(small["embed"].dtype)] * max(largest, 1.0),
+        kept=tuple(name for name, d in differences.items() if not d),
+        updated=updated,
+        undeclared=tuple(name for name in updated if name.split(".")[-1] not in updates),
+    )
+
+
+def _differences(params, cfg, small, small_cfg, plan: Plan):
+    """Yields tensor names with the largest difference from the kept slice of the dense model; 0 means equal bits."""
+    shared = {"d": plan.keep[0]["d"]} if "d" in plan.keep[0] else {}
+    for name, letters in small_cfg.top_arrays().items():
+        yield name, _difference(take(params[name], letters, shared), small[name])
+    where = {run.start + i: (run.name, i) for run in cfg.runs for i in range(run.length)}
+    for run in small_cfg.runs:
+        for array, letters in small_cfg.layer_arrays(run.dims).items():
+            for i in range(run.length):
+                layer = run.start + i
+                name, j = where[layer]
+                dense = params[name].get(array)
+                got = small[run.name][array][i]
+                dense = jnp.zeros_like(got) if dense is None else take(dense[j], letters, plan.keep[layer])
+                yield f"layers.{layer}.{array}", _difference(dense, got)
+
+
+def _difference(dense, small) -> float:
+    if dense.dtype == small.dtype and np.asarray(dense).tobytes() == np.asarray(small).tobytes():
+        return 0.0
+    difference = float(jnp.max(jnp.abs(dense.astype(jnp.float32) - small.astype(jnp.float32))))
+    return difference or float("nan")  # equal values, other bits: -0.0, or another dtype
