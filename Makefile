@@ -71,7 +71,7 @@ wheel-check: $(VENV)/.test ## install the wheel in an empty environment and run 
 	rm -rf build/lib build/bdist.* build/wheel build/elsewhere
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(BIN)/python -m venv --clear $(WHEEL_ENV)
-	$(WHEEL_ENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt build/wheel/*.whl
+	$(WHEEL_ENV)/bin/python -m pip install --disable-pip-version-check -qq --no-compile -c constraints.txt build/wheel/*.whl
 	$(WHEEL_ENV)/bin/python -m pip check
 	mkdir build/elsewhere
 	cd build/elsewhere && ../../$(WHEEL_ENV)/bin/python -c '$(IMPORT_ALL)'
