@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxprune.models import _rope, _taps, axes
+from jaxprune.models._attention import attend
 from jaxprune.models.config import LayerDims, LlamaConfig
 from jaxprune.models.types import TAP_KINDS, LossFn, Params, PerLayer, Probes
 
@@ -22,28 +23,17 @@ def rms_norm(x: jax.Array, w: jax.Array, eps: float, gate: jax.Array | None = No
 
 def linear(p: dict, name: str, x: jax.Array) -> jax.Array:
     """`x` times the matrix `name`, plus its low-rank adapter (`name_a`, `name_b`), if `p` has them. Biases are not added."""
-    inp, letters = axes.INPUT[name], axes.LAYER[name]
-    out = letters.replace(inp, "")
-    y = jnp.einsum(f"bt{inp},{letters}->bt{out}", x, p[name])
+    b, t = x.shape[:2]
+    rows = x.reshape(b * t, -1)  # matrices: an einsum over several axes makes XLA transpose whole weights, here and in the gradient
+    y = rows @ p[name].reshape(rows.shape[1], -1)
     if f"{name}_a" in p:
-        y += jnp.einsum(f"btr,r{out}->bt{out}", jnp.einsum(f"bt{inp},{inp}r->btr", x, p[f"{name}_a"]), p[f"{name}_b"])
-    return y
+        low = rows @ p[f"{name}_a"].reshape(rows.shape[1], -1)
+        y += low @ p[f"{name}_b"].reshape(low.shape[1], -1)
+    return y.reshape(b, t, *p[name].shape[len(axes.INPUT[name]) :])
 
 
 def _add_bias(p: dict, name: str, x: jax.Array) -> jax.Array:
     return x + p[f"{name}_bias"].astype(x.dtype) if f"{name}_bias" in p else x
-
-
-def _attend(q, k, v, cfg: LlamaConfig, positions, mask_from: jax.Array | None):
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=jnp.float32) * cfg.head_dim**-0.5
-    keys = jnp.arange(k.shape[1])
-    seen = keys[None] <= positions[:, None]  # t s
-    if cfg.sliding_window is not None:
-        seen &= keys[None] > positions[:, None] - cfg.sliding_window
-    if mask_from is not None:  # left padding: b
-        seen = seen[None, None, None] & (keys >= mask_from[:, None])[:, None, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(jnp.float32).min))
-    return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
 
 
 def block(p: dict, x: jax.Array, cfg: LlamaConfig, rope, gates: dict, cache: dict | None = None, start=0, mask_from=None):
@@ -71,7 +61,7 @@ def block(p: dict, x: jax.Array, cfg: LlamaConfig, rope, gates: dict, cache: dic
             k = jax.lax.dynamic_update_slice(cache["k"], k, (0, start, 0, 0))
             v = jax.lax.dynamic_update_slice(cache["v"], v, (0, start, 0, 0))
             cache = dict(k=k, v=v)
-        z = _attend(q, k, v, cfg, start + jnp.arange(x.shape[1]), mask_from)
+        z = attend(q, k, v, cfg.head_dim**-0.5, start, cfg.sliding_window, mask_from)
         if "k" in gate:
             z = z * gate["k"][:, None, None]
         update = linear(p, "o", z)

@@ -1,0 +1,149 @@
+"""Low-rank adapters (LoRA) as a tree of arrays beside the parameters: make them, train through them, merge them away.
+
+Reference: Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, equation 3.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import chex
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxprune import models
+from jaxprune.models import axes
+
+Adapter: TypeAlias = dict[str, dict[str, Float[Array, "..."]]]
+
+
+def init(
+    key: jax.Array,
+    params: models.Params,
+    cfg: models.LlamaConfig,
+    *,
+    rank: int = 8,
+    targets: Sequence[str] = axes.MATRICES,
+    dtype: Any = jnp.float32,
+) -> Adapter:
+    """Adapters that change nothing yet: `a` uniform on +-1/sqrt(number of inputs), `b` zero.
+
+    Args:
+      key: PRNG key.
+      params: the model's parameters, or their shapes (`models.shapes(cfg)`).
+      cfg: what `params` was made with.
+      rank: width r of the bottleneck.
+      targets: matrices that get an adapter, in every layer that has them.
+      dtype: of the adapter; float32 also for a bfloat16 model, since small updates vanish in bfloat16.
+
+    Returns:
+      `{run: {"q_a": [l, *input axes, r], "q_b": [l, r, *output axes], ...}}`.
+
+    Raises:
+      ValueError: rank under 1, an unknown target, or none of the targets left in the model.
+
+    >>> import jax
+    >>> from jaxprune import models
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 3, 48),) * 4)
+    >>> adapter = init(jax.random.key(0), models.shapes(cfg), cfg, rank=5, targets=("q", "down"))
+    >>> {name: x.shape for name, x in adapter["run_0"].items()}
+    {'q_a': (4, 32, 5), 'q_b': (4, 5, 2, 3, 8), 'down_a': (4, 48, 5), 'down_b': (4, 5, 32)}
+
+    Reference: Hu et al., 2021, section 4.1. The start of `a` is that of the PEFT library (Kaiming uniform with slope sqrt(5));
+    the paper says Gaussian.
+    """
+    if rank < 1:
+        raise ValueError(f"rank: {rank} given; a low-rank adapter needs at least 1 (LLM-Pruner uses 8)")
+    unknown = [name for name in targets if name not in axes.MATRICES]
+    if unknown or not targets:
+        raise ValueError(f"targets: {unknown or 'none'} given; choose from {', '.join(axes.MATRICES)}")
+    chex.assert_trees_all_equal_shapes(params, models.shapes(cfg))
+    adapter = {}
+    for run in cfg.runs:
+        size, arrays = cfg.sizes(run.dims) | dict(r=rank), {}
+        for name in targets:
+            if name not in params.get(run.name, {}):
+                continue
+            a, b = (tuple(size[x] for x in letters) for letters in _factors(name))
+            at_layer = jax.random.fold_in(jax.random.fold_in(key, run.start), axes.MATRICES.index(name))
+            bound = (rank / jnp.prod(jnp.array(a))) ** 0.5
+            arrays[f"{name}_a"] = jax.random.uniform(at_layer, (run.length, *a), dtype, -1, 1) * bound.astype(dtype)
+            arrays[f"{name}_b"] = jnp.zeros((run.length, *b), dtype)
+        if arrays:
+            adapter[run.name] = arrays
+    if not adapter:
+        raise ValueError(f"targets: {', '.join(targets)} given, but no layer of this model has any of them; choose others")
+    return adapter
+
+
+def _factors(name: str) -> tuple[str, str]:
+    """The axes of `a` and `b` for the matrix `name`, layer axis left out."""
+    inputs = axes.INPUT[name]
+    return inputs + "r", "r" + axes.LAYER[name].replace(inputs, "")
+
+
+def overlay(params: models.Params, adapter: Adapter, *, alpha: float | int) -> models.Params:
+    """The parameters with adapters beside them: each adapted matrix acts as w + alpha/rank * a b.
+
+    Args:
+      params: the frozen model, any floating dtype.
+      adapter: from `init`.
+      alpha: numerator of the scale; the change is `alpha / rank` times the product.
+
+    Returns:
+      A new tree for `models.hidden`; adapters are cast to the dtype of the matrix that they adapt, the scale goes into `b`.
+    """
+    out = dict(params)
+    for run, arrays in adapter.items():
+        out[run] = dict(params[run])
+        for name, x in arrays.items():
+            matrix, part = name.rsplit("_", 1)
+            scale = alpha / arrays[f"{matrix}_a"].shape[-1] if part == "b" else 1.0
+            out[run][name] = (x * scale).astype(params[run][matrix].dtype)
+    return out
+
+
+def merge(params: models.Params, adapter: Adapter, *, alpha: float | int, donate: bool = False) -> models.Params:
+    """The parameters with each adapted matrix replaced by w + alpha/rank * a b, in float32 and rounded once.
+
+    Args:
+      params: the frozen model, any floating dtype.
+      adapter: from `init`.
+      alpha: as in `overlay`.
+      donate: reuse the memory of the adapted matrices in `params`, which become unusable. Without it they are held twice.
+
+    Returns:
+      A tree of the same shapes and dtypes as `params`, without adapters.
+
+    >>> import jax
+    >>> from jaxprune import models
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 3, 48),))
+    >>> params = models.init(jax.random.key(0), cfg)
+    >>> merged = merge(params, init(jax.random.key(1), params, cfg), alpha=16.0)
+    >>> bool(jax.tree.all(jax.tree.map(lambda x, y: (x == y).all(), params, merged)))
+    True
+    """
+    out = dict(params)
+    add = _add_donated if donate else _add
+    for run, arrays in adapter.items():
+        out[run] = dict(params[run])
+        for name in axes.MATRICES:
+            if f"{name}_a" in arrays:
+                a, b = arrays[f"{name}_a"], arrays[f"{name}_b"]
+                out[run][name] = add(name, out[run][name], a, b, alpha / a.shape[-1])
+    return out
+
+
+def _add_product(name: str, w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    a_axes, b_axes = _factors(name)
+
+    def one(i, w):  # a layer at a time: the float32 copy of a bfloat16 run would be twice the run
+        product = jnp.einsum(f"{a_axes},{b_axes}->{axes.LAYER[name]}", a[i], b[i], precision="highest")
+        return w.at[i].set((w[i].astype(jnp.float32) + scale * product).astype(w.dtype))
+
+    return jax.lax.fori_loop(0, w.shape[0], one, w)
+
+
+_add = functools.partial(jax.jit, static_argnums=0)(_add_product)
+_add_donated = functools.partial(jax.jit, static_argnums=0, donate_argnums=1)(_add_product)

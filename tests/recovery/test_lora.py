@@ -1,0 +1,134 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune import models
+from jaxprune.models import axes
+from jaxprune.recovery import lora
+
+DIMS = (models.LayerDims(2, 2, 48),) * 2 + (models.LayerDims(0, 0, 40),)
+CFG = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=DIMS)
+TOKENS = jax.random.randint(jax.random.key(7), (3, 9), 0, 64)
+
+
+PARAMS = functools.cache(lambda dtype: models.init(jax.random.key(0), CFG, dtype))
+
+
+def make(dtype=jnp.float32, **options):
+    params = jax.tree.map(jnp.copy, PARAMS(dtype))
+    return params, lora.init(jax.random.key(1), params, CFG, **options)
+
+
+def shaken(adapter):
+    """An adapter whose `b` is no longer zero."""
+    leaves, tree = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
+
+
+logits = jax.jit(models.apply, static_argnames="cfg")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_new_adapter_changes_no_bit(dtype):
+    params, adapter = make(dtype)
+    chex.assert_trees_all_equal(
+        logits(lora.overlay(params, adapter, alpha=16), TOKENS, cfg=CFG), logits(params, TOKENS, cfg=CFG)
+    )
+
+
+def test_adapters_stand_only_on_targets_that_the_layer_has():
+    _, adapter = make(targets=("k", "down"), rank=3)
+    present = {run.name: set(adapter.get(run.name, {})) for run in CFG.runs}
+    assert list(present.values()) == [{"k_a", "k_b", "down_a", "down_b"}, {"down_a", "down_b"}]
+
+
+def test_every_layer_and_matrix_starts_from_its_own_numbers():
+    _, adapter = make()
+    a = adapter["run_0"]
+    assert not np.allclose(a["q_a"][0], a["q_a"][1])
+    assert not np.allclose(a["q_a"], a["k_a"])
+    for name in axes.MATRICES:
+        fan_in = np.prod(a[f"{name}_a"].shape[1:-1])
+        assert 0.8 < np.abs(a[f"{name}_a"]).max() * fan_in**0.5 <= 1
+        assert not a[f"{name}_b"].any()
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_merged_and_overlaid_models_agree(donate):
+    params, adapter = make(rank=4)
+    adapter = shaken(adapter)
+    expected = logits(lora.overlay(params, adapter, alpha=8), TOKENS, cfg=CFG)
+    dense = logits(params, TOKENS, cfg=CFG)
+    merged = lora.merge(params, adapter, alpha=8, donate=donate)
+    chex.assert_trees_all_equal_shapes_and_dtypes(merged, models.shapes(CFG))
+    np.testing.assert_allclose(logits(merged, TOKENS, cfg=CFG), expected, rtol=1e-4, atol=1e-5)
+    assert np.abs(expected - dense).max() > 0.01
+    assert params["run_0"]["q"].is_deleted() == donate
+
+
+def test_donated_merge_frees_only_what_it_replaces():
+    params, adapter = make(targets=("q",))
+    merged = lora.merge(params, shaken(adapter), alpha=8, donate=True)
+    assert params["run_0"]["q"].is_deleted()
+    assert merged["run_0"]["k"] is params["run_0"]["k"]
+
+
+@pytest.mark.parametrize("name", axes.MATRICES)
+def test_merging_changes_a_matrix_by_its_rank(name):
+    params, adapter = make(rank=2)
+    merged = lora.merge(params, shaken(adapter), alpha=8)
+    inputs = len(axes.INPUT[name])
+    for after, before in zip(merged["run_0"][name], params["run_0"][name], strict=True):
+        change = np.asarray(after - before, np.float64)
+        singular = np.linalg.svd(change.reshape(np.prod(change.shape[:inputs]), -1), compute_uv=False)
+        assert singular[1] > 1e-3 and singular[2] < 1e-6
+
+
+def test_merging_a_bfloat16_model_rounds_once():
+    params, adapter = make(jnp.bfloat16)
+    adapter = shaken(adapter)
+    merged = lora.merge(params, adapter, alpha=16)
+    run = adapter["run_0"]
+    product = jnp.einsum("ldr,lrf->ldf", run["up_a"], run["up_b"], precision="highest") * 2
+    exact = params["run_0"]["up"].astype(jnp.float32) + product
+    error = jnp.abs(merged["run_0"]["up"].astype(jnp.float32) - exact)
+    assert merged["run_0"]["up"].dtype == jnp.bfloat16
+    assert (error <= jnp.abs(exact) * 2.0**-8 + 1e-6).all()
+
+
+def test_gradients_of_a_float32_adapter_on_a_bfloat16_model_are_float32():
+    params, adapter = make(jnp.bfloat16)
+    grads = jax.grad(lambda a: logits(lora.overlay(params, a, alpha=16), TOKENS, cfg=CFG).std())(shaken(adapter))
+    chex.assert_trees_all_equal_shapes_and_dtypes(grads, adapter)
+    assert all(g.any() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(rank=0), "rank: 0 given"),
+        (dict(targets=("q", "mlp")), r"targets: \['mlp'\] given; choose from q, k"),
+        (dict(targets=()), "targets: none given"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+def test_targets_that_the_whole_model_lacks_are_refused():
+    cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(0, 0, 8),))
+    with pytest.raises(ValueError, match="no layer of this model has any"):
+        lora.init(jax.random.key(0), models.shapes(cfg), cfg, targets=("q",))
+
+
+def test_parameters_of_another_config_are_refused():
+    params, _ = make()
+    other = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=DIMS[:2])
+    with pytest.raises(AssertionError):
+        lora.init(jax.random.key(0), params, other)
