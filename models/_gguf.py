@@ -1,0 +1,159 @@
+"""GGUF files of the architectures llama and qwen2, in any quantisation that the package `gguf` can undo."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxprune.models._gguf_rope import scaling
+from jaxprune.models._layout import Rows, Source
+from jaxprune.models.config import LayerDims, LlamaConfig
+
+ARCHITECTURES = ("llama", "qwen2")
+TOP = dict(embed="token_embd.weight", norm="output_norm.weight", head="output.weight")
+LAYER = dict(
+    attn_norm="attn_norm.weight",
+    mlp_norm="ffn_norm.weight",
+    **{n: f"attn_{w}.weight" for n, w in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))},
+    **{n: f"ffn_{n}.weight" for n in ("gate", "up", "down")},
+)
+LAYER |= {f"{n}_bias": LAYER[n].replace("weight", "bias") for n in ("q", "k", "v", "o", "gate", "up", "down")}
+FREQUENCIES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+PART = 1 << 22  # numbers that are dequantised at a time
+
+
+def open_reader(path: Path) -> Any:
+    """The header of a GGUF file.
+
+    Raises:
+      ValueError: it is not a GGUF file, it is truncated, or its architecture is not supported.
+    """
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+    except (ValueError, IndexError, KeyError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: not a complete GGUF file ({e}); copy or download it again") from None
+    architecture = metadata(reader, "general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"{path}: architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
+    return reader
+
+
+def metadata(reader: Any, key: str, default: Any = None) -> Any:
+    """A value of the header, or `default`."""
+    field = reader.get_field(key)
+    return default if field is None else field.contents()
+
+
+def open_file(path: Path) -> Source:
+    """A GGUF file as a source of tensors.
+
+    Raises:
+      ValueError: as `open_reader`, or a setting or a tensor type that is not supported.
+    """
+    from gguf import quants
+
+    reader = open_reader(path)
+    tensors = {t.name: t for t in reader.tensors}
+    cfg = _config(path, reader, tensors)
+    permuted = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias") if cfg.family == "llama" else ()
+
+    def read(name: str) -> Iterator[tuple[Rows, np.ndarray]]:
+        tensor = tensors[name]
+        shape = _shape(tensor)
+        rows = shape[0] if len(shape) > 1 else 1
+        width = int(tensor.n_bytes) // rows
+        step = max(1, PART // max(1, math.prod(shape) // rows))
+        order = _unpermuted(shape[0], cfg.head_dim) if name.endswith(permuted) else None
+        for start in range(0, rows, step):
+            n = min(step, rows - start)
+            raw = np.fromfile(path, np.uint8, n * width, offset=int(tensor.data_offset) + start * width)
+            try:
+                values = quants.dequantize(raw.reshape(n, width), tensor.tensor_type)
+            except NotImplementedError:
+                raise ValueError(f"{path}: tensor {name} has type {tensor.tensor_type.name}, which cannot be dequantised") from None
+            if len(shape) == 1:
+                yield slice(None) if order is None else order, values.reshape(-1)
+            else:
+                yield slice(start, start + n) if order is None else order[start : start + n], values
+
+    return Source(
+        where=str(path),
+        cfg=cfg,
+        dtype=np.dtype(np.float32),
+        shapes={name: _shape(t) for name, t in tensors.items()},
+        name=lambda name, layer: TOP[name] if layer is None else f"blk.{layer}.{LAYER[name]}",
+        read=read,
+        spare=lambda name: name in FREQUENCIES,
+    )
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in reversed(tensor.shape))
+
+
+def _unpermuted(rows: int, head_dim: int) -> np.ndarray:
+    # llama.cpp rotates neighbouring dimensions, Hugging Face dimensions half a head apart; row i of the file belongs here.
+    return np.arange(rows).reshape(-1, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
+
+
+def _config(path: Path, reader: Any, tensors: dict[str, Any]) -> LlamaConfig:
+    family = metadata(reader, "general.architecture")
+
+    def get(key: str, default: Any = None) -> Any:
+        value = metadata(reader, f"{family}.{key}", default)
+        if value is None:
+            raise ValueError(f"{path}: {family}.{key} is missing from the metadata; the file is damaged")
+        return value
+
+    def per_layer(key: str, default: Any = None) -> list[int]:
+        value = get(key, default)
+        return [int(value)] * n if np.isscalar(value) else [int(v) for v in value]
+
+    if get("expert_count", 0):
+        raise ValueError(f"{path}: a mixture of {get('expert_count')} experts is not supported; supported are dense models")
+    n, d = get("block_count"), get("embedding_length")
+    heads = per_layer("attention.head_count")
+    kv_heads, ff = per_layer("attention.head_count_kv", heads), per_layer("feed_forward_length")
+    head_dim = get("attention.key_length", d // max(heads))
+    rotated, value_dim = get("rope.dimension_count", head_dim), get("attention.value_length", head_dim)
+    if not head_dim == rotated == value_dim:
+        raise ValueError(f"{path}: heads of {head_dim} (keys), {value_dim} (values), {rotated} (rotated); supported is one size")
+    if "token_embd.weight" not in tensors:
+        raise ValueError(f"{path}: tensor token_embd.weight is missing")
+    layers = []
+    for i, (h, k, f) in enumerate(zip(heads, kv_heads, ff, strict=True)):
+        if h and (not k or h % k):
+            raise ValueError(f"{path}: layer {i} has {h} heads for {k} key/value heads; the first must be a multiple")
+        layers.append(LayerDims(k, h // k, f) if h else LayerDims(0, 0, f))
+    names = {name.split(".", 2)[-1] for name in tensors if name.startswith("blk.")}
+    eos = metadata(reader, "tokenizer.ggml.eos_token_id")
+    cfg = LlamaConfig(
+        vocab=_shape(tensors["token_embd.weight"])[0],
+        d=d,
+        head_dim=head_dim,
+        layers=tuple(layers),
+        norm_eps=_decimal(get("attention.layer_norm_rms_epsilon")),
+        rope_theta=_decimal(get("rope.freq_base", 10000.0)),
+        max_positions=get("context_length"),
+        tie_embeddings="output.weight" not in tensors,
+        biases=tuple(n for n in ("q", "k", "v", "o", "gate", "up", "down") if LAYER[f"{n}_bias"] in names),
+        family=family,
+        bos_id=metadata(reader, "tokenizer.ggml.bos_token_id"),
+        eos_ids=() if eos is None else (eos,),
+        pad_id=metadata(reader, "tokenizer.ggml.padding_token_id"),
+    )
+    factors = {name: _vector(path, tensors[name]) for name in FREQUENCIES if name in tensors}
+    return dataclasses.replace(cfg, rope_scaling=scaling(path, lambda key: metadata(reader, f"{family}.rope.{key}"), factors, cfg))
+
+
+def _decimal(x: float) -> float:
+    return float(str(np.float32(x)))  # 1e-05, not 9.999999747378752e-06
+
+
+def _vector(path: Path, tensor: Any) -> np.ndarray:
+    return np.fromfile(path, np.float32, int(tensor.n_elements), offset=int(tensor.data_offset))

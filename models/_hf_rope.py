@@ -1,0 +1,55 @@
+"""Rotary settings in `config.json`: `rope_theta` with `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+
+from typing import Any
+
+from jaxprune.models import _rope
+from jaxprune.models.config import LlamaConfig
+
+Pairs = tuple[tuple[str, Any], ...]
+NEEDED = dict(
+    default=(),
+    linear=("factor",),
+    dynamic=("factor",),
+    yarn=("factor",),
+    longrope=("short_factor", "long_factor"),
+    llama3=("factor", "low_freq_factor", "high_freq_factor"),
+)
+OWN_LENGTH = ("llama3", "yarn", "longrope")  # these say how long the sequences of the original training were
+
+
+def rope_from_hf(config: dict[str, Any], head_dim: int) -> tuple[float, Pairs]:
+    """The base and the scaling as sorted pairs, empty if there is none.
+
+    Raises:
+      ValueError: a kind that is not supported, or settings that it lacks.
+    """
+    settings = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    if any(isinstance(value, dict) for value in settings.values()):
+        raise ValueError("config.json: rope_parameters differ between kinds of layers, which is not supported")
+    theta = float(settings.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
+    old = settings.pop("type", None)
+    kind = settings.pop("rope_type", None) or old or "default"
+    if kind not in _rope.SCALINGS:
+        raise ValueError(f"config.json: rope scaling {kind!r} is not supported; supported are {', '.join(_rope.SCALINGS)}")
+    partial = settings.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
+    if partial != 1.0:
+        raise ValueError(f"config.json: partial_rotary_factor {partial} is not supported; supported is 1.0")
+    if kind == "default":
+        return theta, ()
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if kind in OWN_LENGTH:
+        length = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+        settings.setdefault("original_max_position_embeddings", length)
+    if missing := [key for key in NEEDED[kind] if key not in settings]:
+        raise ValueError(f"config.json: rope scaling {kind!r} lacks {missing[0]}")
+    for key in ("short_factor", "long_factor"):
+        if key in settings and len(settings[key]) != head_dim // 2:
+            raise ValueError(f"config.json: {key} of the rope scaling has {len(settings[key])} numbers; it needs {head_dim // 2}")
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    return theta, tuple(sorted((settings | dict(rope_type=kind)).items()))
+
+
+def rope_to_hf(cfg: LlamaConfig) -> tuple[float, dict[str, Any] | None, dict[str, Any]]:
+    """`rope_theta`, `rope_scaling` and `rope_parameters`."""
+    scaling = {key: list(value) if isinstance(value, tuple) else value for key, value in cfg.rope_scaling}
+    return cfg.rope_theta, scaling or None, dict(rope_theta=cfg.rope_theta, **(scaling or dict(rope_type="default")))

@@ -1,0 +1,121 @@
+"""Between the arrays of a model and the tensors of a file: every file stores matrices as [out, in] and vectors flat."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from jaxprune.models import axes
+from jaxprune.models.config import LlamaConfig
+from jaxprune.models.llama import shapes
+from jaxprune.models.types import Params
+
+A = TypeVar("A", np.ndarray, jax.Array)
+Place = Callable[[tuple[str, ...], np.ndarray], jax.Array]
+Rows = slice | np.ndarray
+
+
+class Source(NamedTuple):
+    """The tensors of a checkpoint, whatever its format.
+
+    Attributes:
+      where: what error messages call it.
+      cfg: the model.
+      dtype: the narrowest type that holds every tensor.
+      shapes: tensor name -> shape, row-major.
+      name: (array name, layer number or None) -> tensor name.
+      read: tensor name -> its parts, as (rows of the tensor as Hugging Face orders them, their values).
+      spare: may a tensor that the model has no place for be ignored?
+    """
+
+    where: str
+    cfg: LlamaConfig
+    dtype: np.dtype
+    shapes: dict[str, tuple[int, ...]]
+    name: Callable[[str, int | None], str]
+    read: Callable[[str], Iterator[tuple[Rows, np.ndarray]]]
+    spare: Callable[[str], bool]
+
+
+def file_view(name: str, x: A) -> A:
+    """The array `name` of one layer as a file stores it; writing to it writes to `x`, if `x` is a contiguous numpy array.
+
+    >>> import numpy as np
+    >>> from jaxprune.models._layout import file_view
+    >>> file_view("o", np.zeros((3, 2, 8, 64))).shape  # kghd
+    (64, 48)
+    """
+    if name == "embed":
+        return x
+    if name != "head" and name not in axes.MATRICES:
+        return x.reshape(-1)
+    inputs = len(axes.INPUT.get(name, "d"))
+    return x.reshape(math.prod(x.shape[:inputs]), -1).T
+
+
+def parts(cfg: LlamaConfig) -> Iterator[tuple[tuple[str, ...], str, list[int | None], tuple[int, ...]]]:
+    """For each array of the parameters: its path, its name, the layers that it stacks ([None] at the top), its shape."""
+    runs = {run.name: run for run in cfg.runs}
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes(cfg))[0]:
+        path = tuple(k.key for k in keys)
+        run = runs.get(path[0])
+        layers = [None] if run is None else list(range(run.start, run.start + run.length))
+        yield path, path[-1], layers, leaf.shape
+
+
+def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array whose memory starts at a multiple of 64 bytes, which `jax.device_put` takes over without a copy."""
+    n = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(n + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + n].view(dtype).reshape(shape)
+
+
+def check_names(source: Source) -> None:
+    """Raises ValueError unless the file has the tensors of the model, in its shapes, and no others."""
+    wanted = {}
+    for _, name, layers, shape in parts(source.cfg):
+        for layer in layers:
+            one = np.broadcast_to(np.float32(0), shape if layer is None else shape[1:])
+            wanted[source.name(name, layer)] = file_view(name, one).shape
+    if missing := [n for n in wanted if n not in source.shapes]:
+        raise ValueError(f"{source.where}: tensor {missing[0]} is missing ({len(missing)} of {len(wanted)} are)")
+    for name, shape in wanted.items():
+        if source.shapes[name] != shape:
+            raise ValueError(f"{source.where}: tensor {name} has shape {source.shapes[name]}; its configuration says {shape}")
+    if extra := sorted(n for n in source.shapes if n not in wanted and not source.spare(n)):
+        raise ValueError(
+            f"{source.where}: tensor {extra[0]} has no place in a model of family {source.cfg.family} "
+            f"({len(extra)} such tensors); remove them or use a checkpoint of that architecture"
+        )
+
+
+def finite(where: str, name: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`values` in `dtype`; raises ValueError on NaN, infinities and overflow."""
+    with np.errstate(over="ignore"):
+        out = values.astype(dtype, copy=False)
+    if not np.isfinite(out).all():
+        if np.isfinite(values).all():
+            raise ValueError(f"{where}: tensor {name} has values that overflow {dtype}; load it as bfloat16 or float32")
+        raise ValueError(f"{where}: tensor {name} holds NaN or infinite values; the checkpoint is damaged")
+    return out
+
+
+def assemble(source: Source, dtype: Any, place: Place) -> Params:
+    """The parameters, stacked run by run; at any time at most one array exists twice, and only if `place` copies it."""
+    check_names(source)
+    dtype = np.dtype(source.dtype if dtype is None else dtype)
+    params: Params = {}
+    for path, name, layers, shape in parts(source.cfg):
+        out = aligned(shape, dtype)
+        for i, layer in enumerate(layers):
+            view, tensor = file_view(name, out if layer is None else out[i]), source.name(name, layer)
+            for rows, values in source.read(tensor):
+                view[rows] = finite(source.where, tensor, values, dtype)
+        branch = params
+        for key in path[:-1]:
+            branch = branch.setdefault(key, {})
+        branch[name] = place(path, out)
+    return params

@@ -1,0 +1,164 @@
+"""Hugging Face folders: tensor names, and reading and writing them as safetensors."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxprune.models import _hf
+from jaxprune.models._layout import Rows, Source
+
+NAMES = dict(
+    embed="model.embed_tokens.weight",
+    norm="model.norm.weight",
+    head="lm_head.weight",
+    attn_norm="input_layernorm.weight",
+    mlp_norm="post_attention_layernorm.weight",
+    **{n: f"self_attn.{n}_proj.weight" for n in "qkvo"},
+    **{n: f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")},
+    **{f"{n}_bias": f"self_attn.{n}_proj.bias" for n in "qkvo"},
+    **{f"{n}_bias": f"mlp.{n}_proj.bias" for n in ("gate", "up", "down")},
+)
+DTYPES = {n: np.dtype(t) for n, t in dict(F64=np.float64, F32=np.float32, F16=np.float16, BF16=ml_dtypes.bfloat16).items()}
+PART = 1 << 22  # numbers that are read at a time
+SHARD = 5 << 30  # bytes of tensors in one file
+
+
+class Tensor(NamedTuple):
+    """One tensor to write, computed when it is its turn."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    values: Callable[[], np.ndarray]
+
+
+def tensor_names(config: dict[str, Any]) -> Callable[[str, int | None], str]:
+    """(array name, layer of the model) -> tensor name in a file with this `config.json`."""
+    numbers = _hf.numbering(config)
+    return lambda name, layer: NAMES[name] if layer is None else f"model.layers.{numbers[layer]}.{NAMES[name]}"
+
+
+def open_folder(folder: Path) -> Source:
+    """A folder with `config.json` and `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+
+    Raises:
+      FileNotFoundError: `config.json`, the weights or a shard are missing.
+      ValueError: a file that cannot be read, an architecture that is not supported, quantised tensors.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json; a checkpoint folder holds config.json and model.safetensors")
+    config = read_json(folder / "config.json")
+    cfg = _hf.from_hf_config(config)
+    found: dict[str, tuple[Path, tuple[int, ...], np.dtype]] = {}
+    for file in _files(folder):
+        with _opened(file) as f:
+            for name in f.keys():  # noqa: SIM118 (not a dict)
+                tensor = f.get_slice(name)
+                if tensor.get_dtype() not in DTYPES:
+                    raise ValueError(f"{file}: tensor {name} is stored as {tensor.get_dtype()}; supported are {', '.join(DTYPES)}")
+                found[name] = file, tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()]
+    if not found:
+        raise ValueError(f"{folder}: the checkpoint holds no tensors")
+
+    def read(name: str) -> Iterator[tuple[Rows, np.ndarray]]:
+        file, shape, _ = found[name]
+        step = max(1, PART // max(1, math.prod(shape[1:])))
+        with _opened(file) as f:
+            tensor = f.get_slice(name)
+            for start in range(0, shape[0], step):
+                end = min(start + step, shape[0])
+                yield slice(start, end), tensor[start:end]
+
+    absent = tuple(NAMES[f"{n}_bias"] for n in set(_hf.stored_biases(config)) - set(cfg.biases))
+    for name in found:
+        if absent and name.endswith(absent) and any(values.any() for _, values in read(name)):
+            raise ValueError(f"{folder}: tensor {name} is not zero, but {_hf.BIASES_KEY} in config.json leaves it out; remove that key")
+    tied = (NAMES["head"],) if cfg.tie_embeddings else ()
+    return Source(
+        where=str(folder),
+        cfg=cfg,
+        dtype=np.result_type(*{dtype for _, _, dtype in found.values()}),
+        shapes={name: shape for name, (_, shape, _) in found.items()},
+        name=tensor_names(config),
+        read=read,
+        spare=lambda name: name.endswith(("rotary_emb.inv_freq", *absent, *tied)),
+    )
+
+
+def write(folder: Path, tensors: list[Tensor], shard: int = SHARD) -> None:
+    """Writes `model.safetensors`, or shards and their index if there are more than `shard` bytes, tensor by tensor."""
+    groups: list[list[Tensor]] = [[]]
+    total = size = 0
+    for tensor in tensors:
+        n = math.prod(tensor.shape) * tensor.dtype.itemsize
+        if groups[-1] and size + n > shard:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size, total = size + n, total + n
+    if len(groups) == 1:
+        _write_file(folder / "model.safetensors", groups[0])
+        return
+    files = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    for file, group in zip(files, groups, strict=True):
+        _write_file(folder / file, group)
+    places = {tensor.name: file for file, group in zip(files, groups, strict=True) for tensor in group}
+    index = dict(metadata=dict(total_size=total), weight_map=places)
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, tensors: list[Tensor]) -> None:
+    # safetensors.numpy.save_file wants every tensor in memory at once, which would hold the model twice.
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, Any] = dict(__metadata__=dict(format="pt"))
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        header[tensor.name] = dict(dtype=codes[tensor.dtype], shape=tensor.shape, data_offsets=[start, end])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            f.write(np.ascontiguousarray(tensor.values()).reshape(-1).view(np.uint8))
+
+
+def _files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise ValueError(f"{index}: no weight_map; the file is damaged")
+        files = [folder / name for name in sorted(set(places.values()))]
+        if missing := [f.name for f in files if not f.is_file()]:
+            raise FileNotFoundError(f"{folder}: shard {missing[0]} is missing ({len(missing)} of {len(files)} are)")
+        return files
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+        raise ValueError(f"{folder}: only pickled weights (.bin, .pth); convert them to safetensors first (save_pretrained writes it)")
+    raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, "np")
+    except SafetensorError as e:
+        raise ValueError(f"{file}: not a complete safetensors file ({e}); copy or download it again") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path}: not valid JSON ({e}); the file is damaged") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: a JSON {type(value).__name__} given; it must be an object")
+    return value

@@ -1,0 +1,37 @@
+"""Tokenizers of checkpoints, as the fast tokenizers of transformers."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxprune.models import _gguf, _gguf_tokenizer
+from jaxprune.models._safetensors import read_json
+from jaxprune.models.checkpoint import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer that belongs to a checkpoint.
+
+    A folder's `tokenizer.json` is read by transformers; the metadata of a GGUF file, and a folder that only has SentencePiece's
+    `tokenizer.model`, are assembled with the library `tokenizers`.
+
+    Args:
+      source: see `resolve`.
+
+    Raises:
+      FileNotFoundError: the folder has neither file.
+      ValueError: a file that cannot be read, or a kind of tokenizer that is not supported.
+    """
+    path = resolve(source)
+    if path.is_file():
+        return _gguf_tokenizer.assemble(_gguf_tokenizer.from_gguf(path, _gguf.open_reader(path)))
+    if (path / "tokenizer.json").is_file():
+        from transformers import PreTrainedTokenizerFast
+
+        read_json(path / "tokenizer.json")
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    if (path / "tokenizer.model").is_file():
+        return _gguf_tokenizer.assemble(_gguf_tokenizer.from_sentencepiece(path))
+    raise FileNotFoundError(f"{path}: no tokenizer.json and no tokenizer.model; copy the tokenizer's files into the folder")
