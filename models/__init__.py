@@ -1,7 +1,10 @@
 """LLaMA-family models as pure functions on one tree of arrays."""
 
 from jaxprune.models import axes
+from jaxprune.models._hf import from_hf_config, to_hf_config
+from jaxprune.models.checkpoint import load, resolve, save
 from jaxprune.models.config import LayerDims, LlamaConfig, Run
+from jaxprune.models.flax_tree import from_flax, load_flax_msgpack, save_flax_msgpack, to_flax
 from jaxprune.models.llama import (
     apply,
     block,
@@ -15,10 +18,44 @@ from jaxprune.models.llama import (
     shapes,
     token_losses,
 )
+from jaxprune.models.module import Llama
+from jaxprune.models.tokenizer import load_tokenizer
 from jaxprune.models.types import LossFn, Params, PerLayer, Probes, Tokens
 from jaxprune.models.units import sum_over_units, unit_costs, unit_counts
 
 __all__ = [
-    "LayerDims", "LlamaConfig", "LossFn", "Params", "PerLayer", "Probes", "Run", "Tokens", "apply", "axes", "block",
-    "count_parameters", "head", "hidden", "init", "loss_fn", "probes", "rms_norm", "shapes", "sum_over_units", "token_losses", "unit_costs", "unit_counts",
+    "LayerDims",
+    "Llama",
+    "LlamaConfig",
+    "LossFn",
+    "Params",
+    "PerLayer",
+    "Probes",
+    "Run",
+    "Tokens",
+    "apply",
+    "axes",
+    "block",
+    "count_parameters",
+    "from_flax",
+    "from_hf_config",
+    "head",
+    "hidden",
+    "init",
+    "load",
+    "load_flax_msgpack",
+    "load_tokenizer",
+    "loss_fn",
+    "probes",
+    "resolve",
+    "rms_norm",
+    "save",
+    "save_flax_msgpack",
+    "shapes",
+    "sum_over_units",
+    "to_flax",
+    "to_hf_config",
+    "token_losses",
+    "unit_costs",
+    "unit_counts",
 ]

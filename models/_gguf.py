@@ -75,7 +75,9 @@ def open_file(path: Path) -> Source:
             try:
                 values = quants.dequantize(raw.reshape(n, width), tensor.tensor_type)
             except NotImplementedError:
-                raise ValueError(f"{path}: tensor {name} has type {tensor.tensor_type.name}, which cannot be dequantised") from None
+                raise ValueError(
+                    f"{path}: tensor {name} has type {tensor.tensor_type.name}, which cannot be dequantised"
+                ) from None
             if len(shape) == 1:
                 yield slice(None) if order is None else order, values.reshape(-1)
             else:
@@ -112,7 +114,7 @@ def _config(path: Path, reader: Any, tensors: dict[str, Any]) -> LlamaConfig:
 
     def per_layer(key: str, default: Any = None) -> list[int]:
         value = get(key, default)
-        return [int(value)] * n if np.isscalar(value) else [int(v) for v in value]
+        return [int(v) for v in value] if isinstance(value, list) else [int(value)] * n
 
     if get("expert_count", 0):
         raise ValueError(f"{path}: a mixture of {get('expert_count')} experts is not supported; supported are dense models")
@@ -122,7 +124,9 @@ def _config(path: Path, reader: Any, tensors: dict[str, Any]) -> LlamaConfig:
     head_dim = get("attention.key_length", d // max(heads))
     rotated, value_dim = get("rope.dimension_count", head_dim), get("attention.value_length", head_dim)
     if not head_dim == rotated == value_dim:
-        raise ValueError(f"{path}: heads of {head_dim} (keys), {value_dim} (values), {rotated} (rotated); supported is one size")
+        raise ValueError(
+            f"{path}: heads of {head_dim} (keys), {value_dim} (values), {rotated} (rotated); supported is one size"
+        )
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{path}: tensor token_embd.weight is missing")
     layers = []
@@ -148,7 +152,9 @@ def _config(path: Path, reader: Any, tensors: dict[str, Any]) -> LlamaConfig:
         pad_id=metadata(reader, "tokenizer.ggml.padding_token_id"),
     )
     factors = {name: _vector(path, tensors[name]) for name in FREQUENCIES if name in tensors}
-    return dataclasses.replace(cfg, rope_scaling=scaling(path, lambda key: metadata(reader, f"{family}.rope.{key}"), factors, cfg))
+    return dataclasses.replace(
+        cfg, rope_scaling=scaling(path, lambda key: metadata(reader, f"{family}.rope.{key}"), factors, cfg)
+    )
 
 
 def _decimal(x: float) -> float:

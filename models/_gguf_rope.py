@@ -18,8 +18,8 @@ def scaling(
 ) -> tuple[tuple[str, Any], ...]:
     """The `rope_scaling` of a `LlamaConfig`.
 
-    llama.cpp stores the llama3 scaling only as the divisors that it results in (`rope_freqs.weight`). They become llama3 again if the
-    published constants give them, and otherwise `longrope`, which takes any divisors.
+    llama.cpp stores the llama3 scaling only as the divisors that it results in (`rope_freqs.weight`). They become llama3 again
+    if the published constants give them, and otherwise `longrope`, which takes any divisors.
 
     Args:
       path: for messages.

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6  # token types of SentencePiece and GGUF
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
@@ -71,7 +69,9 @@ def from_gguf(path: Path, reader: Any) -> Vocabulary:
 
     kind, pre, tokens = get("model"), get("pre", "default"), get("tokens")
     if kind not in ("gpt2", "llama") or not tokens:
-        raise ValueError(f"{path}: tokenizer model {kind!r} is not supported; supported are gpt2 (BPE) and llama (SentencePiece)")
+        raise ValueError(
+            f"{path}: tokenizer model {kind!r} is not supported; supported are gpt2 (BPE) and llama (SentencePiece)"
+        )
     if kind == "gpt2" and pre not in SPLITS:
         raise ValueError(f"{path}: pre-tokenizer {pre!r} is not supported; supported are {', '.join(SPLITS)}")
     keys = dict(bos="bos_token_id", eos="eos_token_id", unk="unknown_token_id", pad="padding_token_id")
@@ -95,7 +95,7 @@ def from_sentencepiece(folder: Path) -> Vocabulary:
     from google.protobuf.message import DecodeError
     from transformers.utils import sentencepiece_model_pb2_new as protocol
 
-    model = protocol.ModelProto()
+    model: Any = vars(protocol)["ModelProto"]()
     try:
         model.ParseFromString((folder / "tokenizer.model").read_bytes())
     except DecodeError as e:
@@ -151,10 +151,12 @@ def _byte_level(v: Vocabulary) -> "Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     vocab = {token: i for i, token in enumerate(v.tokens)}
-    merges = [tuple(merge.split(" ")) for merge in v.merges]
+    merges = [(left, right) for left, right in (merge.split(" ") for merge in v.merges)]
     tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=v.pre in WHOLE_WORDS))
     splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in SPLITS[v.pre]]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     if SPLITS[v.pre] == (QWEN2,):
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxprune.models._hf_layers import layer_from_hf, layer_to_hf, positive, widths
 from jaxprune.models._hf_rope import rope_from_hf, rope_to_hf
 from jaxprune.models.config import LayerDims, LlamaConfig
 
@@ -13,16 +14,14 @@ DEFAULTS: dict[str, dict[str, Any]] = dict(  # of transformers, where a family's
     qwen2=dict(max_position_embeddings=32768, num_key_value_heads=32),
     jaxprune_llama={},
 )
-WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 BIASES_KEY, GONE_KEY = "jaxprune_biases", "jaxprune_gone_layers"
-SUBLAYERS = ("attention", "mlp")
 
 
 def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
     """The model that a `config.json` describes.
 
-    Reads the keys of transformers 4 and 5 (`per_layer_config` and rope in both spellings) and two of ours: `jaxprune_biases`, the
-    biases that are not zero by construction, and `jaxprune_gone_layers`, the positions of layers that the file leaves out.
+    Reads the keys of transformers 4 and 5 (`per_layer_config`, and rope in both spellings) and two of ours: `jaxprune_biases`,
+    the biases that are not zero by construction, and `jaxprune_gone_layers`, the positions of layers that the file leaves out.
 
     Raises:
       ValueError: an architecture or a setting that is not supported, or a key that is missing or malformed.
@@ -36,25 +35,25 @@ def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
     family = _family(config)
     config = DEFAULTS[family] | config
     _refuse(config, family)
-    n, d = _positive(config, "num_hidden_layers"), _positive(config, "hidden_size")
+    n, d = positive(config, "num_hidden_layers"), positive(config, "hidden_size")
     per_layer = {int(i): layer for i, layer in (config.get("per_layer_config") or {}).items()}
     if unknown := sorted(set(per_layer) - set(range(n))):
         raise ValueError(f"config.json: per_layer_config names layer {unknown[0]} of a model of {n} layers")
-    layers = [_dims(config, per_layer.get(i, {}), i) for i in range(n)]
+    layers = [layer_from_hf(config, per_layer.get(i, {}), i) for i in range(n)]
     for position in sorted(config.get(GONE_KEY) or []):
         layers.insert(position, LayerDims(0, 0, 0))
-    head_dim = config.get("head_dim") or d // _positive(config, "num_attention_heads")
+    head_dim = config.get("head_dim") or d // positive(config, "num_attention_heads")
     theta, scaling = rope_from_hf(config, head_dim)
     eos = config.get("eos_token_id")
     return LlamaConfig(
-        vocab=_positive(config, "vocab_size"),
+        vocab=positive(config, "vocab_size"),
         d=d,
         head_dim=head_dim,
         layers=tuple(layers),
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         rope_theta=theta,
         rope_scaling=scaling,
-        max_positions=_positive(config, "max_position_embeddings"),
+        max_positions=positive(config, "max_position_embeddings"),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         biases=tuple(config[BIASES_KEY]) if BIASES_KEY in config else stored_biases(config),
         sliding_window=config.get("sliding_window") if family in ("mistral", "jaxprune_llama") else None,
@@ -71,12 +70,13 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
     - All layers equal: a plain configuration that transformers loads. Layers of which nothing is left are not in the file;
       `jaxprune_gone_layers` holds their positions. Biases that the family stores only together (`attention_bias`: q k v o;
       `mlp_bias`: gate up down) are stored as zeros where the model has none, and `jaxprune_biases` names the real ones.
-    - Layers differ: `per_layer_config` in the schema of transformers 5, every layer in full, with `"skip": ["attention", "mlp"]` for what
-      is gone. The widths outside it are 0, so that a version of transformers that cannot build such a model stops with an
-      error instead of building another one.
-    - The family is the model's own, or the first of llama, mistral and qwen2 that can say it: the three differ only in biases, in
-      `sliding_window`, and in that llama wants `hidden_size` to be a multiple of the number of heads. If none can (a sliding window
-      with biases; a bias left behind by a sublayer that is gone), `model_type` is `jaxprune_llama`, which only this library loads.
+    - Layers differ: `per_layer_config` in the schema of transformers 5, each layer in full, with `"skip": ["attention", "mlp"]`
+      for what is gone. The widths outside it are 0, so that a version of transformers that cannot build such a model stops
+      with an error instead of building another one.
+    - The family is the model's own, or the first of llama, mistral and qwen2 that can say it: the three differ only in biases,
+      in `sliding_window`, and in that llama wants `hidden_size` to be a multiple of the number of heads. If none can (a sliding
+      window with biases; a bias left behind by a sublayer that is gone), `model_type` is `jaxprune_llama`, which only this
+      library loads.
 
     >>> from jaxprune.models import LayerDims, LlamaConfig, to_hf_config
     >>> cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48), LayerDims(1, 3, 40)))
@@ -94,7 +94,7 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
         hidden_size=cfg.d,
         head_dim=cfg.head_dim,
         num_hidden_layers=len(alive if plain else cfg.layers),
-        **_widths(alive[0] if plain else LayerDims(0, 0, 0)),
+        **widths(alive[0] if plain else LayerDims(0, 0, 0)),
         hidden_act="silu",
         rms_norm_eps=cfg.norm_eps,
         max_position_embeddings=cfg.max_positions,
@@ -107,7 +107,9 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
         pad_token_id=cfg.pad_id,
     )
     if family == "llama":
-        config |= dict(attention_bias=bool(set(cfg.biases) & set("qkvo")), mlp_bias=bool({"gate", "up", "down"} & set(cfg.biases)))
+        config |= dict(
+            attention_bias=bool(set(cfg.biases) & set("qkvo")), mlp_bias=bool({"gate", "up", "down"} & set(cfg.biases))
+        )
     elif family == "qwen2":
         config |= dict(use_sliding_window=False)
     else:
@@ -115,7 +117,7 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
     if family in OURS or stored_biases(config) != cfg.biases:
         config[BIASES_KEY] = list(cfg.biases)
     if not plain:
-        config["per_layer_config"] = {str(i): _layer(dims) for i, dims in enumerate(cfg.layers)}
+        config["per_layer_config"] = {str(i): layer_to_hf(dims) for i, dims in enumerate(cfg.layers)}
     elif len(alive) < len(cfg.layers):
         config[GONE_KEY] = [i for i, dims in enumerate(cfg.layers) if not cfg.layer_arrays(dims)]
     return config
@@ -156,10 +158,14 @@ def _refuse(config: dict[str, Any], family: str) -> None:
     if config.get("quantization_config"):
         raise ValueError("config.json: quantization_config is set; quantised checkpoints can only be read as GGUF")
     if family == "qwen2" and (config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or [])):
-        raise ValueError("config.json: use_sliding_window is true, so only some layers see a window; set it to false to ignore it")
+        raise ValueError(
+            "config.json: use_sliding_window is true, so only some layers see a window; set it to false to ignore it"
+        )
     biases = config.get(BIASES_KEY, [])
     if family in OURS and BIASES_KEY not in config:
-        raise ValueError(f"config.json: model_type jaxprune_llama without {BIASES_KEY}; the folder was not written by this library")
+        raise ValueError(
+            f"config.json: model_type jaxprune_llama without {BIASES_KEY}; the folder was not written by this library"
+        )
     if family not in OURS and (extra := sorted(set(biases) - set(stored_biases(config)))):
         raise ValueError(f"config.json: {BIASES_KEY} names {extra[0]!r}, for which this file has no bias")
     gone, n = config.get(GONE_KEY) or [], config.get("num_hidden_layers", 0)
@@ -169,42 +175,10 @@ def _refuse(config: dict[str, Any], family: str) -> None:
 
 def _can_say(family: str, cfg: LlamaConfig, dims: LayerDims | None) -> bool:
     biases = set(cfg.biases)
-    left_behind = any(("o" in biases and not x.kv_heads) or ("down" in biases and not x.ff) for x in cfg.layers if cfg.layer_arrays(x))
+    left_behind = any(
+        ("o" in biases and not x.kv_heads) or ("down" in biases and not x.ff) for x in cfg.layers if cfg.layer_arrays(x)
+    )
     divisible = dims is None or cfg.d % (dims.kv_heads * dims.q_per_kv) == 0
     if left_behind or (cfg.sliding_window is not None and family != "mistral"):
         return False
     return dict(llama=divisible, mistral=not biases, qwen2=biases == set("qkv"))[family]
-
-
-def _widths(dims: LayerDims) -> dict[str, int]:
-    return dict(zip(WIDTHS, (dims.kv_heads * dims.q_per_kv, dims.kv_heads, dims.ff), strict=True))
-
-
-def _layer(dims: LayerDims) -> dict[str, Any]:
-    skip = [name for name, alive in zip(SUBLAYERS, (dims.kv_heads, dims.ff), strict=True) if not alive]
-    return {key: width for key, width in _widths(dims).items() if width} | (dict(skip=skip) if skip else {})
-
-
-def _dims(config: dict[str, Any], layer: dict[str, Any], i: int) -> LayerDims:
-    if unknown := sorted(set(layer) - {*WIDTHS, "skip"}):
-        raise ValueError(f"config.json: per_layer_config of layer {i} sets {unknown[0]!r}; supported are {(*WIDTHS, 'skip')}")
-    skip = set(layer.get("skip", []))
-    if skip - set(SUBLAYERS):
-        raise ValueError(f"config.json: per_layer_config of layer {i} skips {sorted(skip)}; supported are {SUBLAYERS}")
-    config = config | layer
-    ff = 0 if "mlp" in skip else _positive(config, "intermediate_size")
-    if "attention" in skip:
-        return LayerDims(0, 0, ff)
-    heads = _positive(config, "num_attention_heads")
-    kv_heads = _positive(config, "num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
-    if heads % kv_heads:
-        raise ValueError(f"config.json: layer {i} has {heads} heads for {kv_heads} key/value heads; the first must be a multiple")
-    return LayerDims(kv_heads, heads // kv_heads, ff)
-
-
-def _positive(config: dict[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        given = f"{value!r} given" if key in config else "missing"
-        raise ValueError(f"config.json: {key} {given}; it must be a positive whole number")
-    return value

@@ -44,7 +44,9 @@ def rope_from_hf(config: dict[str, Any], head_dim: int) -> tuple[float, Pairs]:
         raise ValueError(f"config.json: rope scaling {kind!r} lacks {missing[0]}")
     for key in ("short_factor", "long_factor"):
         if key in settings and len(settings[key]) != head_dim // 2:
-            raise ValueError(f"config.json: {key} of the rope scaling has {len(settings[key])} numbers; it needs {head_dim // 2}")
+            raise ValueError(
+                f"config.json: {key} of the rope scaling has {len(settings[key])} numbers; it needs {head_dim // 2}"
+            )
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     return theta, tuple(sorted((settings | dict(rope_type=kind)).items()))
 

@@ -55,18 +55,23 @@ def file_view(name: str, x: A) -> A:
     return x.reshape(math.prod(x.shape[:inputs]), -1).T
 
 
+def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of `file_view`."""
+    return file_view(name, np.broadcast_to(np.float32(0), shape)).shape
+
+
 def parts(cfg: LlamaConfig) -> Iterator[tuple[tuple[str, ...], str, list[int | None], tuple[int, ...]]]:
     """For each array of the parameters: its path, its name, the layers that it stacks ([None] at the top), its shape."""
     runs = {run.name: run for run in cfg.runs}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes(cfg))[0]:
         path = tuple(k.key for k in keys)
         run = runs.get(path[0])
-        layers = [None] if run is None else list(range(run.start, run.start + run.length))
+        layers: list[int | None] = [None] if run is None else [*range(run.start, run.start + run.length)]
         yield path, path[-1], layers, leaf.shape
 
 
 def aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """An uninitialised array whose memory starts at a multiple of 64 bytes, which `jax.device_put` takes over without a copy."""
+    """An uninitialised array that starts at a multiple of 64 bytes, whose memory `jax.device_put` takes over on the CPU."""
     n = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(n + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -78,8 +83,7 @@ def check_names(source: Source) -> None:
     wanted = {}
     for _, name, layers, shape in parts(source.cfg):
         for layer in layers:
-            one = np.broadcast_to(np.float32(0), shape if layer is None else shape[1:])
-            wanted[source.name(name, layer)] = file_view(name, one).shape
+            wanted[source.name(name, layer)] = file_shape(name, shape if layer is None else shape[1:])
     if missing := [n for n in wanted if n not in source.shapes]:
         raise ValueError(f"{source.where}: tensor {missing[0]} is missing ({len(missing)} of {len(wanted)} are)")
     for name, shape in wanted.items():

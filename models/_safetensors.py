@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxprune.models import _hf
 from jaxprune.models._layout import Rows, Source
+from jaxprune.models._stored import Stored
 
 NAMES = dict(
     embed="model.embed_tokens.weight",
@@ -24,18 +25,9 @@ NAMES = dict(
     **{f"{n}_bias": f"self_attn.{n}_proj.bias" for n in "qkvo"},
     **{f"{n}_bias": f"mlp.{n}_proj.bias" for n in ("gate", "up", "down")},
 )
-DTYPES = {n: np.dtype(t) for n, t in dict(F64=np.float64, F32=np.float32, F16=np.float16, BF16=ml_dtypes.bfloat16).items()}
+DTYPES = {n: np.dtype(t) for n, t in dict(F32=np.float32, F16=np.float16, BF16=ml_dtypes.bfloat16).items()}
 PART = 1 << 22  # numbers that are read at a time
 SHARD = 5 << 30  # bytes of tensors in one file
-
-
-class Tensor(NamedTuple):
-    """One tensor to write, computed when it is its turn."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    values: Callable[[], np.ndarray]
 
 
 def tensor_names(config: dict[str, Any]) -> Callable[[str, int | None], str]:
@@ -61,7 +53,9 @@ def open_folder(folder: Path) -> Source:
             for name in f.keys():  # noqa: SIM118 (not a dict)
                 tensor = f.get_slice(name)
                 if tensor.get_dtype() not in DTYPES:
-                    raise ValueError(f"{file}: tensor {name} is stored as {tensor.get_dtype()}; supported are {', '.join(DTYPES)}")
+                    raise ValueError(
+                        f"{file}: tensor {name} is stored as {tensor.get_dtype()}; supported are {', '.join(DTYPES)}"
+                    )
                 found[name] = file, tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()]
     if not found:
         raise ValueError(f"{folder}: the checkpoint holds no tensors")
@@ -78,7 +72,9 @@ def open_folder(folder: Path) -> Source:
     absent = tuple(NAMES[f"{n}_bias"] for n in set(_hf.stored_biases(config)) - set(cfg.biases))
     for name in found:
         if absent and name.endswith(absent) and any(values.any() for _, values in read(name)):
-            raise ValueError(f"{folder}: tensor {name} is not zero, but {_hf.BIASES_KEY} in config.json leaves it out; remove that key")
+            raise ValueError(
+                f"{folder}: tensor {name} is not zero, but {_hf.BIASES_KEY} in config.json leaves it out; remove that key"
+            )
     tied = (NAMES["head"],) if cfg.tie_embeddings else ()
     return Source(
         where=str(folder),
@@ -91,42 +87,43 @@ def open_folder(folder: Path) -> Source:
     )
 
 
-def write(folder: Path, tensors: list[Tensor], shard: int = SHARD) -> None:
+def write(folder: Path, tensors: list[Stored], name: Callable[[str, int | None], str], shard: int = SHARD) -> None:
     """Writes `model.safetensors`, or shards and their index if there are more than `shard` bytes, tensor by tensor."""
-    groups: list[list[Tensor]] = [[]]
-    total = size = 0
+    groups: list[list[Stored]] = [[]]
+    size = 0
     for tensor in tensors:
-        n = math.prod(tensor.shape) * tensor.dtype.itemsize
-        if groups[-1] and size + n > shard:
+        if groups[-1] and size + tensor.nbytes > shard:
             groups.append([])
             size = 0
         groups[-1].append(tensor)
-        size, total = size + n, total + n
+        size += tensor.nbytes
     if len(groups) == 1:
-        _write_file(folder / "model.safetensors", groups[0])
+        _write_file(folder / "model.safetensors", groups[0], name)
         return
     files = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
+    places: dict[str, str] = {}
     for file, group in zip(files, groups, strict=True):
-        _write_file(folder / file, group)
-    places = {tensor.name: file for file, group in zip(files, groups, strict=True) for tensor in group}
-    index = dict(metadata=dict(total_size=total), weight_map=places)
+        _write_file(folder / file, group, name)
+        places |= {name(tensor.name, tensor.layer): file for tensor in group}
+    index = dict(metadata=dict(total_size=sum(tensor.nbytes for tensor in tensors)), weight_map=places)
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_file(path: Path, tensors: list[Tensor]) -> None:
+def _write_file(path: Path, tensors: list[Stored], name: Callable[[str, int | None], str]) -> None:
     # safetensors.numpy.save_file wants every tensor in memory at once, which would hold the model twice.
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = dict(__metadata__=dict(format="pt"))
     end = 0
     for tensor in tensors:
-        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
-        header[tensor.name] = dict(dtype=codes[tensor.dtype], shape=tensor.shape, data_offsets=[start, end])
+        start, end = end, end + tensor.nbytes
+        key = name(tensor.name, tensor.layer)
+        header[key] = dict(dtype=codes[tensor.dtype], shape=tensor.shape, data_offsets=[start, end])
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:
-            f.write(np.ascontiguousarray(tensor.values()).reshape(-1).view(np.uint8))
+            np.ascontiguousarray(tensor.values()).tofile(f)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -142,7 +139,9 @@ def _files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
-        raise ValueError(f"{folder}: only pickled weights (.bin, .pth); convert them to safetensors first (save_pretrained writes it)")
+        raise ValueError(
+            f"{folder}: only pickled weights (.bin, .pth); convert them to safetensors first (save_pretrained writes it)"
+        )
     raise FileNotFoundError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
 
 

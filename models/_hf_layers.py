@@ -1,0 +1,48 @@
+"""Widths of layers in `config.json`: of the model, or of each layer in the `per_layer_config` of transformers 5."""
+
+from typing import Any
+
+from jaxprune.models.config import LayerDims
+
+WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+SUBLAYERS = ("attention", "mlp")
+
+
+def widths(dims: LayerDims) -> dict[str, int]:
+    """The three widths that `config.json` has for a layer."""
+    return dict(zip(WIDTHS, (dims.kv_heads * dims.q_per_kv, dims.kv_heads, dims.ff), strict=True))
+
+
+def layer_to_hf(dims: LayerDims) -> dict[str, Any]:
+    """An entry of `per_layer_config`."""
+    skip = [name for name, alive in zip(SUBLAYERS, (dims.kv_heads, dims.ff), strict=True) if not alive]
+    return {key: width for key, width in widths(dims).items() if width} | (dict(skip=skip) if skip else {})
+
+
+def layer_from_hf(config: dict[str, Any], layer: dict[str, Any], i: int) -> LayerDims:
+    """The widths of layer `i`: those of the model, overridden by its entry in `per_layer_config`."""
+    if unknown := sorted(set(layer) - {*WIDTHS, "skip"}):
+        raise ValueError(f"config.json: per_layer_config of layer {i} sets {unknown[0]!r}; supported are {(*WIDTHS, 'skip')}")
+    skip = set(layer.get("skip", []))
+    if skip - set(SUBLAYERS):
+        raise ValueError(f"config.json: per_layer_config of layer {i} skips {sorted(skip)}; supported are {SUBLAYERS}")
+    config = config | layer
+    ff = 0 if "mlp" in skip else positive(config, "intermediate_size")
+    if "attention" in skip:
+        return LayerDims(0, 0, ff)
+    heads = positive(config, "num_attention_heads")
+    kv_heads = positive(config, "num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
+    if heads % kv_heads:
+        raise ValueError(
+            f"config.json: layer {i} has {heads} heads for {kv_heads} key/value heads; the first must be a multiple"
+        )
+    return LayerDims(kv_heads, heads // kv_heads, ff)
+
+
+def positive(config: dict[str, Any], key: str) -> int:
+    """A positive whole number of `config.json`; raises ValueError otherwise."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        given = f"{value!r} given" if key in config else "missing"
+        raise ValueError(f"config.json: {key} {given}; it must be a positive whole number")
+    return value
