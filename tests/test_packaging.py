@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import importlib.metadata
 import re
 import shutil
 import subprocess
@@ -48,16 +49,21 @@ def module_files() -> dict[str, Path]:
     }
 
 
-def imported(file: Path, modules: dict[str, Path]) -> set[str]:
-    """The modules of ours that a file imports anywhere in it; `from jaxprune import plan` is an import of `jaxprune.plan`."""
-    names = set()
+def imports(file: Path) -> set[tuple[str, str]]:
+    """Each name that a file imports, in full, with the module that it is imported from."""
+    found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            found |= {(alias.name, alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{file}:{node.lineno}: relative import"
-            full = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-            names |= {name if name in modules else node.module for name in full.values()}
+            assert node.module and node.level == 0, f"{file}:{node.lineno}: relative import"
+            found |= {(f"{node.module}.{alias.name}", node.module) for alias in node.names}
+    return found
+
+
+def imported(file: Path, modules: dict[str, Path]) -> set[str]:
+    """The modules of ours that a file imports anywhere in it; `from jaxprune import plan` is an import of `jaxprune.plan`."""
+    names = {name if name in modules else module for name, module in imports(file)}
     return {name for name in names if name.split(".")[0] in ("jaxprune", *LINKED)}
 
 
@@ -73,6 +79,10 @@ def reachable(name: str, edges: dict[str, set[str]]) -> set[str]:
         seen |= new
         todo += new
     return seen
+
+
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def run(*command: str, cwd: Path = ROOT) -> str:
@@ -122,6 +132,19 @@ def test_no_arrow_runs_back_in_the_core():
             assert not above, f"{name} reaches {above}"
 
 
+def test_every_import_is_a_declared_dependency():
+    """A package that only comes along with another one is missing as soon as that one drops it."""
+    declared = {canonical(re.match(r"[\w.-]+", dep)[0]) for dep in PROJECT["project"]["dependencies"]}
+    providers = importlib.metadata.packages_distributions()
+    undeclared = {
+        f"{name}: {top}"
+        for name, file in module_files().items()
+        for top in {module.split(".")[0] for _, module in imports(file)} - sys.stdlib_module_names - {"jaxprune"}
+        if not declared & set(map(canonical, providers.get(top, [top])))
+    }
+    assert not undeclared
+
+
 def test_every_module_exists_once():
     """The folders' own names are importable from the checkout, and would make a second copy of each module."""
     code = IMPORT_ALL + f"print([m for m in sys.modules if m.split('.')[0] in {LINKED}])"
@@ -154,7 +177,7 @@ def test_no_committed_file_names_a_machine():
     assert not found
 
 
-def test_wheel_has_every_module_once(tmp_path):
+def test_wheel_has_every_file_once(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -166,5 +189,7 @@ def test_wheel_has_every_module_once(tmp_path):
 
     (wheel,) = tmp_path.glob("*.whl")
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
-    modules = [f"{package.replace('.', '/')}/{f.name}" for package, d in package_folders().items() for f in d.glob("*.py")]
-    assert sorted(names) == sorted([*modules, "jaxprune/py.typed"])
+    files = [
+        f"{package.replace('.', '/')}/{f.name}" for package, d in package_folders().items() for f in d.iterdir() if f.is_file()
+    ]
+    assert sorted(names) == sorted(files)
