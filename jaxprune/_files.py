@@ -51,11 +51,16 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
 
 
 def atomic_text(path: str | Path, text: str) -> None:
-    """Writes a UTF-8 text file, or leaves what was there.
+    """Writes a UTF-8 text file as `atomic_bytes` does; line ends stay as they are."""
+    atomic_bytes(path, text.encode())
+
+
+def atomic_bytes(path: str | Path, content: bytes) -> None:
+    """Writes a file, or leaves what was there.
 
     Args:
       path: the file; it is replaced if it exists.
-      text: its content.
+      content: its bytes.
 
     Raises:
       OSError: it cannot be written.
@@ -63,7 +68,7 @@ def atomic_text(path: str | Path, text: str) -> None:
     path = Path(path).expanduser()
     beside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
     try:
-        beside.write_text(text, encoding="utf-8", newline="")
+        beside.write_bytes(content)
         os.replace(beside, path)
     except BaseException as error:
         beside.unlink(missing_ok=True)
