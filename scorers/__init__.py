@@ -3,12 +3,13 @@
 from jaxprune.scorers._aggregate import aggregate
 from jaxprune.scorers._base import Scorer, Scores, score
 from jaxprune.scorers._combine import chain, mix, normalize, per_axis, scale, standardize
+from jaxprune.scorers.depth import earliest
 from jaxprune.scorers.gates import fisher, gate_taylor
 from jaxprune.scorers.magnitude import magnitude
 from jaxprune.scorers.random import random
 from jaxprune.scorers.taylor import full_taylor, taylor
 
 __all__ = [
-    "Scorer", "Scores", "aggregate", "chain", "fisher", "full_taylor", "gate_taylor", "magnitude", "mix", "normalize", "per_axis",
+    "Scorer", "Scores", "aggregate", "chain", "earliest", "fisher", "full_taylor", "gate_taylor", "magnitude", "mix", "normalize", "per_axis",
     "random", "scale", "score", "standardize", "taylor",
 ]

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 from jaxprune.scorers._base import Scorer
 
 
-def random(key: jax.Array) -> Scorer:
+def random(key: jax.Array, shared: str = "d") -> Scorer:
     """Uniform random numbers, one per unit.
 
     Args:
       key: a `jax.random.key`; the same key gives the same scores.
+      shared: axes whose units run through the whole model: every layer gets the same scores.
 
     Returns:
       A scorer that needs no data.
@@ -23,8 +24,11 @@ def random(key: jax.Array) -> Scorer:
     """
 
     def init(probes):
-        leaves, tree = jax.tree.flatten(probes["gates"])
-        keys = jax.random.split(key, len(leaves))
-        return jax.tree.unflatten(tree, [jax.random.uniform(k, x.shape, jnp.float32) for k, x in zip(keys, leaves, strict=True)])
+        def draw(layer: int, axis: str, units: int) -> jax.Array:
+            keyed = jax.random.fold_in(key, ord(axis))
+            keyed = keyed if axis in shared else jax.random.fold_in(keyed, layer)
+            return jax.random.uniform(keyed, (units,), jnp.float32)
+
+        return tuple({a: draw(i, a, g.shape[0]) for a, g in layer.items()} for i, layer in enumerate(probes["gates"]))
 
     return Scorer(init, lambda state, params, probes, tokens: state, lambda state: state, additive=False, needs="weights")

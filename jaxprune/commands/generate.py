@@ -1,0 +1,75 @@
+"""`jaxprune generate`: what the model writes."""
+
+import dataclasses
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprune import folder
+from jaxprune.commands._common import ModelName, Output, OutputFlags, stage
+from jaxprune.models import decode
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue a text, with a key/value cache.
+
+    Example: jaxprune generate smollm2 --prompt "The capital of France is"
+    """
+
+    model: ModelName
+    prompt: str
+    """Text to continue."""
+    max_new_tokens: int = 64
+    """Stop after this many tokens, or at the end of the text."""
+    temperature: float = 0.0
+    """0 takes the most likely token each time; more is more random."""
+    seed: int = 0
+    """Of the sampling."""
+    output: OutputFlags = Output()
+
+
+def run(args: Generate) -> dict[str, Any]:
+    """Prints the continuation as it comes."""
+    with stage("loading", {}):
+        model = folder.load(args.model)
+    begin = time.monotonic()
+    written: list[int] = []
+    shown = ""
+    for text, tokens in continuations(model, args.prompt, args.max_new_tokens, args.temperature, args.seed):
+        if text.startswith(shown) and not text.endswith("\ufffd"):
+            sys.stdout.write(text[len(shown) :])
+            sys.stdout.flush()
+            shown = text
+        written = tokens
+    print(text[len(shown) :])
+    seconds = time.monotonic() - begin
+    return {"tokens": len(written), "seconds, compilation included": round(seconds, 2), "texts": {"prompt": args.prompt, "continuation": text}}
+
+
+def continuations(model: folder.Model, prompt: str, max_new_tokens: int, temperature: float = 0.0, seed: int = 0):
+    """Yields the text so far and its tokens, after each token.
+
+    Raises:
+      ValueError: the prompt has no tokens, or an argument is out of range.
+    """
+    ids = model.tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise ValueError("prompt: it has no tokens; give at least one word")
+    stream = decode.stream(
+        model.params, model.cfg, np.asarray([ids], np.int32), max_new_tokens=max_new_tokens, temperature=temperature,
+        key=jax.random.key(seed), eos_ids=model.cfg.eos_ids,
+    )  # fmt: skip
+    tokens: list[int] = []
+    for token in stream:
+        tokens.append(int(token[0]))
+        yield model.tokenizer.decode(tokens, skip_special_tokens=True), tokens
+
+
+def continuation(model: folder.Model, prompt: str, max_new_tokens: int) -> str:
+    """The most likely continuation of a prompt."""
+    *_, (text, _) = continuations(model, prompt, max_new_tokens)
+    return text

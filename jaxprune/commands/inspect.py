@@ -1,0 +1,61 @@
+"""`jaxprune inspect`: what a model looks like inside. `jaxprune methods`: what can be asked of `prune`."""
+
+import dataclasses
+from typing import Any
+
+from jaxprune import folder, methods, models
+from jaxprune.commands._common import ModelName, Output, OutputFlags
+from jaxprune.models import checkpoint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Show the widths of every layer, the parameters, and what was removed."""
+
+    model: ModelName
+    output: OutputFlags = Output()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Methods:
+    """List the methods: what each reads, its calibration, its paper."""
+
+    output: OutputFlags = Output()
+
+
+def run(args: Inspect) -> dict[str, Any]:
+    """Widths and parameters, per layer and in all; weights are not read."""
+    path = checkpoint.resolve(args.model)
+    cfg, record = checkpoint.read_config(path), folder.read_record(path)
+    plan = None if record is None else record["plan"]
+    layers = []
+    for i, dims in enumerate(cfg.layers):
+        row = {"layer": i, "KV groups": dims.kv_heads, "query heads": dims.kv_heads * dims.q_per_kv, "MLP channels": dims.ff}
+        row["matrix parameters"] = cfg.matrix_parameters(dims)
+        if plan is not None:
+            gone = {a: plan["sizes"][i][a] - len(plan["keep"][i].get(a, range(plan["sizes"][i][a]))) for a in plan["sizes"][i]}
+            row |= {"KV groups removed": gone.get("k", 0), "MLP channels removed": gone.get("f", 0)}
+        layers.append(row)
+    return {
+        "family": cfg.family,
+        "residual width": cfg.d,
+        "head size": cfg.head_dim,
+        "vocabulary": cfg.vocab,
+        "tied embeddings": cfg.tie_embeddings,
+        "decoder parameters": cfg.decoder_parameters,
+        "all parameters": models.count_parameters(cfg),
+        "pruned with": None if record is None else record["method"]["name"],
+        "pruned from": None if record is None else record["source"],
+        "layers": layers,
+    }
+
+
+def run_methods(args: Methods) -> dict[str, Any]:
+    """The registry as rows."""
+    del args
+    rows = [
+        {"method": name, "reads": m.needs, "samples x length": f"{m.samples} x {m.length}" if m.needs != "weights" else "",
+         "units": ",".join(m.units), "what": m.summary, "paper": m.paper}
+        for name, m in methods.METHODS.items()
+    ]  # fmt: skip
+    return {"methods": rows}

@@ -1,0 +1,192 @@
+"""`jaxprune prune`: a model in, a smaller one out."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+import tyro
+
+from jaxprune import data, folder, methods, models, pipeline, proof, surgery
+from jaxprune._files import atomic_folder
+from jaxprune.commands._common import ModelName, Output, OutputFlags, layer_range, peak_memory, say, stage
+from jaxprune.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Text that the scores are computed on."""
+
+    calibration: str = "builtin"
+    """A text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin (Python's documentation) or self (sampled from the model)."""
+    samples: int | None = None
+    """Sequences; default: the method's own."""
+    length: int | None = None
+    """Tokens in a sequence; default: the method's own."""
+    calibration_sha256: str | None = None
+    """Stop unless the calibration text has this SHA-256, as recorded in jaxprune.json."""
+    seed: int = 0
+    """Of the calibration windows and of random numbers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How units are scored."""
+
+    taylor: Literal["param_first", "param_second", "param_mix", "vectorize"] = "param_first"
+    """Variant of the Taylor score."""
+    aggregate: Literal["sum", "mean", "max", "prod"] | None = None
+    """How the tensors of a unit are combined; default: the method's own (sum; mean for magnitude)."""
+    steps: int = 1
+    """Score and cut this many times, towards the ratio in equal steps."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Where units may go, and what shapes may come out."""
+
+    ranking: Literal["local", "global"] = "local"
+    """local: the same widths in every layer. global: the lowest scores, wherever they are."""
+    units: str | None = None
+    """kv,mlp (KV groups and MLP channels, or one of them), layers (whole layers) or hidden (residual channels); default: kv,mlp."""
+    layers: str | None = None
+    """A:B, prune only layers A to B-1."""
+    protect_first: int = 0
+    """Leave the first N layers alone."""
+    protect_last: int = 0
+    """Leave the last N layers alone."""
+    multiple_of: int = 8
+    """MLP widths are multiples of this."""
+    max_distinct: int | None = None
+    """At most this many different layer shapes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prune:
+    """Prune a model: score its units, remove the least important ones, prove the cut and save the smaller model.
+
+    Example: jaxprune prune smollm2 --out small --ratio 0.2
+    """
+
+    model: ModelName
+    out: Path
+    """Folder to write."""
+    ratio: float = 0.2
+    """Fraction of the parameters of all attention and MLP matrices to remove."""
+    method: Annotated[str, tyro.conf.arg(metavar="NAME")] = "taylor"
+    """How units are scored; `jaxprune methods` lists them."""
+    plan: Path | None = None
+    """Cut by this plan (a plan or a jaxprune.json) instead of scoring."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights. Scores are float32 in any case."""
+    overwrite: bool = False
+    """Replace the output folder if it has content."""
+    calibration: Annotated[Calibration, tyro.conf.arg(name="")] = Calibration()
+    scoring: Annotated[Scoring, tyro.conf.arg(name="")] = Scoring()
+    shape: Annotated[Shape, tyro.conf.arg(name="")] = Shape()
+    output: OutputFlags = Output()
+
+    def settings(self) -> pipeline.Settings:
+        """The flags as `pipeline.Settings`."""
+        given = self.shape.units
+        units = tuple(given.split(",")) if given else methods.default_units(self.method)
+        return pipeline.Settings(
+            method=self.method, ratio=self.ratio, units=units, ranking=self.shape.ranking, layers=layer_range(self.shape.layers),
+            protect_first=self.shape.protect_first, protect_last=self.shape.protect_last, steps=self.scoring.steps,
+            multiple_of=self.shape.multiple_of, max_distinct=self.shape.max_distinct, taylor=self.scoring.taylor,
+            aggregate=self.scoring.aggregate, seed=self.calibration.seed,
+        )  # fmt: skip
+
+
+def run(args: Prune) -> dict[str, Any]:
+    """Prunes and saves; returns what happened, for a table."""
+    settings, seconds = args.settings(), dict[str, float]()
+    with atomic_folder(args.out, overwrite=args.overwrite) as out:
+        with stage("loading", seconds):
+            model = folder.load(args.model, args.dtype)
+        tokens = calibration = None
+        if args.plan is None and methods.find(args.method).needs != "weights":
+            with stage("reading calibration text", seconds):
+                calibration = calibration_tokens(args, model)
+                tokens = calibration.tokens
+        with stage("pruning", seconds):
+            pruned = from_plan(model, args.plan) if args.plan else pipeline.prune(model.params, model.cfg, tokens, settings, say)
+        with stage("verifying", seconds):
+            report = proof.verify(model.params, model.cfg, pruned.params, pruned.cfg, pruned.plan, probe_tokens(tokens, model.cfg))
+        if not report.exact:
+            raise AssertionError(f"the cut is not exact: {report}; please report this")
+        for note in pruned.notes:
+            say(f"note: {note}")
+        result = summary(model.cfg, pruned, report, seconds)
+        record = dict(
+            plan=json.loads(pruned.plan.to_json()),
+            method=dict(name="plan" if args.plan else args.method) | ({} if args.plan else dataclasses.asdict(settings)),
+            source=args.model,
+            calibration=None if calibration is None else described(calibration),
+            seed=args.calibration.seed,
+            versions=folder.versions(),
+            metrics=result,
+            updates=[],
+            before=model.record,
+        )
+        with stage("saving", seconds):
+            folder.save(out, folder.Model(pruned.params, pruned.cfg, model.tokenizer, str(args.out), record))
+            np.savez(out / "scores.npz", **{f"{i}.{a}": np.asarray(x) for i, layer in enumerate(pruned.scores) for a, x in layer.items()})
+    return result | {"folder": str(args.out)}
+
+
+def calibration_tokens(args: Prune, model: folder.Model) -> data.Calibration:
+    """The calibration tokens that the flags ask for, each step's own."""
+    method, flags = methods.find(args.method), args.calibration
+    found = data.token_blocks(
+        flags.calibration,
+        model.tokenizer,
+        samples=(flags.samples or method.samples) * args.scoring.steps,
+        length=flags.length or method.length,
+        seed=flags.seed,
+        sampler=lambda n, t, seed: data.self_blocks(model.params, model.cfg, samples=n, length=t, key=jax.random.key(seed)),
+    )
+    if flags.calibration_sha256 is not None:
+        data.check_sha256(flags.calibration_sha256, found.sha256, flags.calibration)
+    return found
+
+
+def described(calibration: data.Calibration) -> dict[str, Any]:
+    """What the record says of calibration data."""
+    samples, length = calibration.tokens.shape
+    return dict(source=calibration.source, sha256=calibration.sha256, samples=samples, length=length)
+
+
+def from_plan(model: folder.Model, path: Path) -> pipeline.Pruned:
+    """Cuts by a plan from a file."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise ValueError(f"plan {path}: not JSON ({e}); give a plan or a jaxprune.json") from None
+    plan = Plan.from_dict(content["plan"] if isinstance(content, dict) and "plan" in content else content)
+    small, cfg = surgery.cut(model.params, model.cfg, plan)
+    return pipeline.Pruned(small, cfg, plan, (), ())
+
+
+def probe_tokens(tokens: Any, cfg: models.LlamaConfig) -> Any:
+    """Tokens to verify on: of the calibration set, or drawn evenly from the vocabulary where there is none."""
+    if tokens is not None:
+        return tokens[:2, :64]
+    return np.random.default_rng(0).integers(0, cfg.vocab, (2, 64), dtype=np.int32)
+
+
+def summary(cfg: models.LlamaConfig, pruned: pipeline.Pruned, report: proof.Report, seconds: dict[str, float]) -> dict[str, Any]:
+    """The numbers that the command prints."""
+    return {
+        "decoder parameters before": cfg.decoder_parameters,
+        "decoder parameters after": pruned.cfg.decoder_parameters,
+        "fraction removed": round(1 - pruned.cfg.decoder_parameters / cfg.decoder_parameters, 4),
+        "all parameters before": models.count_parameters(cfg),
+        "all parameters after": models.count_parameters(pruned.cfg),
+        "largest logit difference, masked and cut": report.difference,
+        "peak memory, MiB": round(peak_memory() / 2**20),
+        "notes": list(pruned.notes),
+        "seconds": seconds,
+    }

@@ -1,0 +1,121 @@
+"""`jaxprune recover`: LoRA training of a pruned model, merged at the end."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from jaxprune import _progress, data, folder, recovery
+from jaxprune._files import atomic_folder
+from jaxprune.commands._common import ModelName, Output, OutputFlags, peak_memory, say, stage
+from jaxprune.models import axes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recover:
+    """Train low-rank adapters (LoRA) on a pruned model and merge them into its weights.
+
+    Killed at any moment, the same command with --resume goes on from the last checkpoint, which lies in OUT.training until
+    the model is written.
+
+    Example: jaxprune recover small --data alpaca.json --out better --steps 200
+    """
+
+    model: ModelName
+    data: str
+    """Instructions (.json or .jsonl with the fields instruction, input, output: only responses are learnt) or any text source."""
+    out: Path
+    """Folder to write."""
+    steps: int = 100
+    """Updates."""
+    rank: int = 8
+    """Rank of the adapters."""
+    alpha: int = 16
+    """The adapters' product is multiplied by alpha / rank."""
+    batch_size: int = 8
+    """Sequences in an update."""
+    length: int = 128
+    """Most tokens in a sequence."""
+    learning_rate: float = 2e-4
+    """Highest learning rate."""
+    warmup: int | None = None
+    """Updates until the highest learning rate is reached, after which it falls linearly to zero; default: a tenth of the steps."""
+    accumulate: int = 1
+    """Parts that each batch is split into to save memory."""
+    save_every: int = 25
+    """Updates between checkpoints."""
+    seed: int = 0
+    """Of the adapters and of the order of the data."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Type of the frozen weights; default: as stored. Adapters are float32."""
+    resume: bool = False
+    """Go on from the last checkpoint."""
+    overwrite: bool = False
+    """Replace the output folder if it has content."""
+    output: OutputFlags = Output()
+
+
+def run(args: Recover) -> dict[str, Any]:
+    """Trains, merges and saves."""
+    seconds: dict[str, float] = {}
+    checkpoints = args.out.parent / f"{args.out.name}.training"
+    with atomic_folder(args.out, overwrite=args.overwrite) as out:
+        with stage("loading", seconds):
+            model = folder.load(args.model, args.dtype)
+        with stage("reading training data", seconds):
+            training = data.training_batches(
+                args.data, model.tokenizer, length=args.length, batch_size=args.batch_size, seed=args.seed
+            )
+        say(f"{training.kind} data: {training.examples} examples, {training.dropped} dropped")
+        adapter = recovery.lora.init(jax.random.key(args.seed), model.params, model.cfg, rank=args.rank)
+        with stage("training", seconds):
+            adapter, losses = _train(args, model, adapter, training, checkpoints)
+        with stage("merging and saving", seconds):
+            merged = recovery.lora.merge(model.params, adapter, alpha=args.alpha, donate=True)
+            record = None if model.record is None else model.record | {
+                "updates": [*model.record.get("updates", ()), _update(args, training, losses)]
+            }  # fmt: skip
+            folder.save(out, model._replace(params=merged, record=record))
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return {
+        "steps": args.steps,
+        "first loss": float(losses[0]),
+        "last loss": float(losses[-1]),
+        "training data": f"{training.source} ({training.kind}, {training.examples} examples)",
+        "peak memory, MiB": round(peak_memory() / 2**20),
+        "folder": str(args.out),
+        "losses": [{"step": i, "loss": float(x)} for i, x in enumerate(losses)],
+        "seconds": seconds,
+    }
+
+
+def _train(args: Recover, model: folder.Model, adapter: Any, training: data.TrainingData, checkpoints: Path):
+    warmup = args.steps // 10 if args.warmup is None else args.warmup
+    _, tx = recovery.schedule_and_optimizer(args.learning_rate, args.steps, warmup=warmup)
+    settings = {name: getattr(args, name) for name in ("rank", "alpha", "batch_size", "length", "learning_rate", "seed")}
+    settings |= dict(warmup=warmup, data=training.sha256, kind=training.kind, model=[list(dims) for dims in model.cfg.layers])
+    with _progress.meter("training", args.steps, "step") as advance:
+        return recovery.fit(
+            recovery.lm_loss(model.cfg, alpha=args.alpha),
+            model.params,
+            adapter,
+            training.batch,
+            tx,
+            steps=args.steps,
+            accumulate=args.accumulate,
+            checkpoint_dir=checkpoints,
+            save_every=args.save_every,
+            resume=args.resume,
+            settings=settings,
+            callback=lambda step, loss: advance(step + 1, f"loss {loss:.3f}"),
+        )
+
+
+def _update(args: Recover, training: data.TrainingData, losses: Any) -> dict[str, Any]:
+    flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in ("output", "out", "resume", "overwrite")}
+    return dict(
+        by="LoRA", arrays=list(axes.MATRICES), settings=flags | {"model": str(args.model)}, data=training.source,
+        sha256=training.sha256, losses=[float(x) for x in losses],
+    )  # fmt: skip

@@ -1,0 +1,178 @@
+"""The whole flow of pruning on one screen: score, allocate, select, cut, as often as asked, then prove the cut."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxprune import _shapes, allocate, methods, scorers, surgery
+from jaxprune.models import LlamaConfig, Params, PerLayer, probes, unit_counts
+from jaxprune.plan import Plan, select
+
+MICROBATCH_TOKENS = 2048  # tokens that go through a layer at a time
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a plan depends on besides the model and the calibration tokens.
+
+    Attributes:
+      method: a name in `methods.METHODS`.
+      ratio: fraction of the parameters of the attention and MLP matrices of all layers to remove, in (0, 1).
+      units: names of the units that may go: `kv` and `mlp`, or `layers`, or `hidden`.
+      ranking: `local`, the same widths in every layer, or `global`, the lowest scores wherever they are.
+      layers: layers that may be pruned, half-open, or None for all.
+      protect_first, protect_last: layers at the ends that are left alone.
+      steps: times that the model is scored and cut, towards the ratio in equal steps.
+      multiple_of: MLP widths that change are multiples of this.
+      max_distinct: at most this many different layer shapes, or None.
+      taylor, aggregate: see `methods.Options`.
+      seed: of random numbers.
+    """
+
+    method: str = "taylor"
+    ratio: float = 0.2
+    units: tuple[str, ...] = ("kv", "mlp")
+    ranking: str = "local"
+    layers: tuple[int, int] | None = None
+    protect_first: int = 0
+    protect_last: int = 0
+    steps: int = 1
+    multiple_of: int = 8
+    max_distinct: int | None = None
+    taylor: str = "param_first"
+    aggregate: str | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        method = methods.find(self.method)
+        if not 0 < self.ratio < 1:
+            raise ValueError(f"ratio: {self.ratio} given; allowed is between 0 and 1, both excluded")
+        if self.ranking not in ("local", "global"):
+            raise ValueError(f"ranking: {self.ranking!r} given; allowed are local and global")
+        if self.steps < 1:
+            raise ValueError(f"steps: {self.steps} given; ask for at least 1")
+        if self.protect_first < 0 or self.protect_last < 0:
+            raise ValueError(f"protect: {self.protect_first} first and {self.protect_last} last layers given; ask for 0 or more")
+        unknown = set(self.units) - methods.UNITS.keys()
+        if unknown or not self.units:
+            raise ValueError(f"units: {','.join(self.units)!r} given; allowed are {', '.join(methods.UNITS)}")
+        if len(self.units) > 1 and {"layers", "hidden"} & set(self.units):
+            raise ValueError(f"units: {','.join(self.units)} given; layers and hidden stand alone; prune the result again for the others")
+        if not set(self.units) <= set(method.units):
+            raise ValueError(
+                f"units: {self.method} cannot score {', '.join(sorted(set(self.units) - set(method.units)))}; "
+                f"it scores {', '.join(method.units)}: set --units"
+            )
+
+    def constraints(self, cfg: LlamaConfig) -> allocate.Constraints:
+        """The layers and units that may go, on a model."""
+        n = len(cfg.layers)
+        start, stop = self.layers or (0, n)
+        start, stop = max(start, self.protect_first), min(stop, n - self.protect_last)
+        letters = "".join(methods.UNITS[u] for u in self.units)
+        return allocate.Constraints(
+            layers=(start, stop), units=letters if set(letters) <= set("kf") else "kf", multiple_of=self.multiple_of
+        )
+
+
+class Pruned(NamedTuple):
+    """What `prune` made.
+
+    Attributes:
+      params, cfg: the smaller model.
+      plan: what was kept.
+      scores: of the first step, per layer, axis letter -> float32[units].
+      notes: what the user should know, one line each.
+    """
+
+    params: Params
+    cfg: LlamaConfig
+    plan: Plan
+    scores: PerLayer
+    notes: tuple[str, ...]
+
+
+def prune(
+    params: Params, cfg: LlamaConfig, tokens: Any, settings: Settings, on_step: Callable[[str], None] = lambda what: None
+) -> Pruned:
+    """Scores the units of a model, allocates the budget over its layers and cuts.
+
+    Args:
+      params, cfg: the model.
+      tokens: int32[samples * steps, t]: each step reads its own samples. None for methods that need weights alone.
+      settings: what to do.
+      on_step: called with what begins.
+
+    Returns:
+      The smaller model and its plan.
+
+    Raises:
+      ValueError: the settings do not fit the model, or the budget cannot be met at all.
+
+    >>> import jax
+    >>> from jaxprune import models, pipeline
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),) * 2)
+    >>> tokens = jax.numpy.arange(24).reshape(2, 12)
+    >>> out = pipeline.prune(models.init(jax.random.key(0), cfg), cfg, tokens, pipeline.Settings(ratio=0.4))
+    >>> out.cfg.decoder_parameters / cfg.decoder_parameters
+    0.6
+    """
+    plan, first, now, small = identity(cfg, settings), None, cfg, params
+    for step in range(settings.steps):
+        on_step(f"scoring, step {step + 1} of {settings.steps}")
+        batch = None if tokens is None else np.array_split(np.asarray(tokens), settings.steps)[step]
+        scores = _score(small, now, batch, settings, settings.seed + step)
+        first = first or scores
+        on_step(f"cutting, step {step + 1} of {settings.steps}")
+        target = round(cfg.decoder_parameters * settings.ratio * (step + 1) / settings.steps)
+        more = _plan(scores, now, target - (cfg.decoder_parameters - now.decoder_parameters), settings)
+        small, now = surgery.cut(small, now, more)
+        plan = plan.then(more)
+    return Pruned(small, now, plan, first, _notes(cfg, now, settings))
+
+
+def identity(cfg: LlamaConfig, settings: Settings) -> Plan:
+    """The plan that keeps every unit."""
+    units = "d" if settings.units == ("hidden",) else "kf"
+    counts = unit_counts(cfg, units)
+    return Plan(tuple({a: np.arange(n) for a, n in layer.items()} for layer in counts), counts)
+
+
+def _score(params, cfg, tokens, settings: Settings, seed: int) -> PerLayer:
+    units = "d" if settings.units == ("hidden",) else "kf"
+    microbatch = None
+    if tokens is not None:
+        most = max(1, MICROBATCH_TOKENS // tokens.shape[1])
+        microbatch = max(m for m in range(1, tokens.shape[0] + 1) if tokens.shape[0] % m == 0 and m <= most)
+    options = methods.Options(settings.taylor, settings.aggregate, seed, microbatch, units)
+    scorer = methods.find(settings.method).scorer(cfg, options)
+    return scorers.score(scorer, params, probes(cfg, units), () if tokens is None else (tokens,))
+
+
+def _plan(scores: PerLayer, cfg: LlamaConfig, budget: int, settings: Settings) -> Plan:
+    if settings.units == ("hidden",):
+        step = settings.multiple_of
+        kept = round(cfg.d * (1 - budget / cfg.decoder_parameters) / step) * step
+        return select(scores, ({"d": min(max(kept, step), cfg.d)},) * len(cfg.layers))
+    constraints = settings.constraints(cfg)
+    if settings.units == ("layers",):
+        return select(scores, allocate.whole_layers(scores, cfg, budget, constraints))
+    allocator = allocate.local if settings.ranking == "local" else allocate.global_
+    widths = allocator(scores, cfg, budget, constraints)
+    if settings.max_distinct is not None:
+        widths = _shapes.merge(widths, cfg, budget, constraints, settings.max_distinct)
+    return select(scores, widths)
+
+
+def _notes(cfg: LlamaConfig, small: LlamaConfig, settings: Settings) -> tuple[str, ...]:
+    reached = 1 - small.decoder_parameters / cfg.decoder_parameters
+    if abs(reached - settings.ratio) <= 0.005:
+        return ()
+    why = {
+        ("layers",): f"one layer is {1 / len(cfg.layers):.1%} of the decoder",
+        ("hidden",): f"the width is cut in steps of {settings.multiple_of} of {cfg.d} channels",
+        ("kv",): "KV groups are removed whole",
+    }.get(settings.units, f"MLP widths are multiples of {settings.multiple_of}, the same in all layers of a shape: lower --multiple-of")
+    return (f"ratio {settings.ratio:.4f} asked, {reached:.4f} reached: {why}",)

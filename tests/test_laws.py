@@ -1,0 +1,195 @@
+"""The laws: each holds for every scorer that it applies to. A new scorer is one line in SCORERS."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxprune import allocate, models, pipeline, plan, scorers, surgery
+from jaxprune.models import LayerDims, LlamaConfig
+
+CFG = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48),) * 2 + (LayerDims(1, 2, 40),), tie_embeddings=True)
+PARAMS = jax.tree.map(lambda x: 3 * x, models.init(jax.random.key(0), CFG))
+TOKENS = jax.random.randint(jax.random.key(1), (8, 10), 0, CFG.vocab)
+PROBES = models.probes(CFG)
+
+
+def units(tree):
+    return models.sum_over_units(tree, CFG)
+
+
+def _taylor(variant):
+    return lambda **o: scorers.taylor(models.loss_fn(CFG, chunk=16, **o), variant, axis_name=o.get("axis_name"))
+
+
+def _full(variant):
+    def make(**o):
+        return scorers.full_taylor(models.loss_fn(CFG, chunk=16), units, variant, axis_name=o.get("axis_name"))
+
+    return make
+
+
+SCORERS = {
+    "random": lambda **o: scorers.random(jax.random.key(3)),
+    "magnitude-l1": lambda **o: scorers.magnitude(units, 1),
+    "magnitude-l2": lambda **o: scorers.magnitude(units, 2),
+    "earliest": lambda **o: scorers.earliest(len(CFG.layers)),
+    "gate-taylor": lambda **o: scorers.gate_taylor(models.loss_fn(CFG, chunk=16, **o), axis_name=o.get("axis_name")),
+    "fisher": lambda **o: scorers.fisher(models.loss_fn(CFG, chunk=16, **o), axis_name=o.get("axis_name")),
+    **{f"taylor-{v}": _taylor(v) for v in ("param_first", "param_second", "param_mix", "vectorize")},
+    **{f"full-{v}": _full(v) for v in ("param_first", "param_mix")},
+    "mix": lambda **o: scorers.mix(
+        (0.5, scorers.chain(_taylor("vectorize")(**o), scorers.normalize())),
+        (0.5, scorers.chain(SCORERS["fisher"](**o), scorers.normalize())),
+    ),
+    "per-axis": lambda **o: scorers.per_axis(k=_taylor("vectorize")(**o), f=SCORERS["fisher"](**o)),
+}
+DATA_FREE = {"random", "magnitude-l1", "magnitude-l2", "earliest"}
+every = pytest.mark.parametrize("name", SCORERS)
+with_data = pytest.mark.parametrize("name", [n for n in SCORERS if n not in DATA_FREE])
+
+
+def close(a, b, rtol=1e-5):
+    chex.assert_trees_all_equal_shapes_and_dtypes(a, b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * float(jnp.abs(y).max() + 1e-30)), a, b)
+
+
+def run(name, batches=(TOKENS,), params=PARAMS, **options):
+    return scorers.score(SCORERS[name](**options), params, PROBES, batches)
+
+
+@functools.cache
+def reference(name):
+    return run(name)
+
+
+@every
+def test_cutting_equals_gating(name):
+    """Law 1."""
+    scores = reference(name)
+    keep = plan.select(scores, allocate.global_(scores, CFG, CFG.decoder_parameters // 3, allocate.Constraints(multiple_of=4)))
+    small, cfg = surgery.cut(PARAMS, CFG, keep)
+    assert cfg.decoder_parameters < CFG.decoder_parameters
+    close(models.apply(small, TOKENS, cfg), models.apply(PARAMS, TOKENS, CFG, surgery.gates_of(keep, CFG)))
+
+
+@with_data
+def test_batches_and_order_do_not_matter(name):
+    """Law 2: an additive scorer is a sum over sequences, any other gets them all at once."""
+    whole, parts = reference(name), run(name, (TOKENS[5:], TOKENS[:2], TOKENS[2:5]))
+    close(parts, whole)
+
+
+@with_data
+@pytest.mark.parametrize("microbatch", [1, 4])
+def test_microbatches_do_not_matter(name, microbatch):
+    """Law 2."""
+    close(run(name, microbatch=microbatch), reference(name))
+
+
+@every
+def test_scores_are_float32_whatever_the_weights_are(name):
+    """Law 3."""
+    low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+    for params in (PARAMS, low):
+        chex.assert_trees_all_equal_shapes_and_dtypes(run(name, params=params), PROBES["gates"])
+    scorer = SCORERS[name]()
+    state = scorer.update(scorer.init(PROBES), low, PROBES, TOKENS)
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("name", [n for n in SCORERS if n != "random"])
+def test_permuting_units_permutes_scores(name):
+    """Law 4."""
+    order = ({"k": [1, 0], "f": np.random.default_rng(0).permutation(48)},) * 2 + ({"f": np.random.default_rng(1).permutation(40)},)
+    permuted = dict(PARAMS)
+    for run_name, keep in (("run_0", order[0]), ("run_1", order[2])):
+        arrays = PARAMS[run_name].items()
+        permuted[run_name] = {n: surgery.take(x, "l" + models.axes.LAYER[n], keep) for n, x in arrays}
+    want = tuple(
+        {a: x[jnp.asarray(keep[a])] if a in keep else x for a, x in layer.items()}
+        for layer, keep in zip(reference(name), order, strict=True)
+    )
+    close(run(name, params=permuted), want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n in SCORERS if n not in ("random", "earliest", "magnitude-l1", "magnitude-l2")])
+def test_a_unit_without_outgoing_weights_scores_least(name):
+    """Law 5; such a unit changes nothing, so no gradient reaches it."""
+    first = dict(PARAMS["run_0"])
+    first["down"] = first["down"].at[0, 7].set(0)
+    first["o"] = first["o"].at[1, 1].set(0)
+    scores = run(name, params=PARAMS | {"run_0": first})
+    assert scores[0]["f"][7] <= scores[0]["f"].min()
+    assert scores[1]["k"][1] <= scores[1]["k"].min()
+
+
+def test_the_identity_plan_returns_the_same_bits():
+    """Law 6."""
+    small, cfg = surgery.cut(PARAMS, CFG, pipeline.identity(CFG, pipeline.Settings()))
+    assert cfg == CFG
+    chex.assert_trees_all_equal(small, PARAMS)
+
+
+@every
+def test_two_cuts_are_one(name):
+    """Law 7."""
+    scores = reference(name)
+    first = plan.select(scores, ({"k": 2, "f": 40}, {"k": 1, "f": 24}, {"f": 16}))
+    once, cfg = surgery.cut(PARAMS, CFG, first)
+    counts = models.unit_counts(cfg)
+    second = plan.Plan(({"k": [1], "f": range(0, 40, 3)}, {"f": []}, {"f": [0, 5]}), counts)
+    twice, twice_cfg = surgery.cut(once, cfg, second)
+    direct, direct_cfg = surgery.cut(PARAMS, CFG, first.then(second))
+    assert twice_cfg == direct_cfg
+    chex.assert_trees_all_equal(twice, direct)
+
+
+class ParallelTest(chex.TestCase):
+    """Law 11, jit: chex runs each scorer's update with and without jit, on one device and under pmap."""
+
+    @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
+    def test_variants_agree(self):
+        for name in ("taylor-param_first", "taylor-param_second", "fisher"):
+            scorer = SCORERS[name]()
+            update = self.variant(lambda state, tokens, scorer=scorer: scorer.update(state, PARAMS, PROBES, tokens))
+            got = update(scorer.init(PROBES), TOKENS)
+            close(scorer.finalize(jax.tree.map(jnp.asarray, got)), reference(name))
+
+
+@every
+def test_pmap_over_eight_devices(name):
+    """Law 11, pmap: each device sees one sequence."""
+    scorer = SCORERS[name](axis_name="batch")
+    update = jax.pmap(scorer.update, axis_name="batch", in_axes=(None, None, None, 0))
+    states = update(scorer.init(PROBES), PARAMS, PROBES, TOKENS[:, None])
+    assert jax.device_count() == 8
+    close(scorer.finalize(jax.tree.map(lambda x: x[0], states)), reference(name))
+
+
+@every
+def test_mesh_of_eight_devices(name):
+    """Law 11, jit on a mesh: sequences are spread over devices, the compiler does the rest."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tokens = jax.device_put(TOKENS, NamedSharding(mesh, PartitionSpec("data")))
+    params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec()))
+    scorer = SCORERS[name]()
+    close(scorers.score(scorer, params, PROBES, [tokens]), reference(name))
+
+
+@with_data
+def test_plans_agree_on_a_mesh_but_for_ties(name):
+    """Law 11: a unit may change sides only if its score lies within the tolerance of the cut."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    spread = run(name, [jax.device_put(TOKENS, NamedSharding(mesh, PartitionSpec("data")))])
+    widths = tuple({"f": 20} for _ in CFG.layers)
+    alone = reference(name)
+    a, b = plan.select(alone, widths), plan.select(spread, widths)
+    for i, layer in enumerate(alone):
+        moved = np.setxor1d(a.keep[i]["f"], b.keep[i]["f"])
+        edge = np.sort(layer["f"])[-20]
+        assert np.all(np.abs(np.asarray(layer["f"])[moved] - edge) <= 1e-5 * np.abs(layer["f"]).max())
