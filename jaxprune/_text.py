@@ -10,7 +10,7 @@ import numpy as np
 from jaxprune._decode import check_file, decoded
 from jaxprune._records import hub_parts, read_records, text_field
 
-KINDS = "a text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]] or builtin"
+KINDS = "a text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin or builtin-heldout"
 
 
 class Text(NamedTuple):
@@ -33,7 +33,8 @@ def read_text(source: str) -> Text:
     Args:
       source: a text file (UTF-8), `FILE.jsonl:FIELD` (one JSON object a line), `hub:NAME[:CONFIG[:SPLIT[:FIELD]]]` (a dataset
         of the Hugging Face hub, streamed; without CONFIG its default one, SPLIT is `train` and FIELD `text` unless given) or
-        `builtin` (`pydoc_data.topics` of the running Python, sorted by topic; each Python version ships its own text).
+        `builtin` or `builtin-heldout` (`pydoc_data.topics` of the running Python, sorted by topic: every seventh topic is held
+        out for evaluation, `builtin` is the others; each Python version ships its own text).
 
     Raises:
       FileNotFoundError, IsADirectoryError: there is no such file, or it is a folder.
@@ -44,8 +45,8 @@ def read_text(source: str) -> Text:
     >>> "assert" in next(iter(text.pieces)), text.separator
     (True, '\n\n')
     """
-    if source == "builtin":
-        return Text(source, _builtin(), "\n\n")
+    if source in ("builtin", "builtin-heldout"):
+        return Text(source, _builtin(heldout=source != "builtin"), "\n\n")
     if source.startswith("hub:"):
         return Text(source, _field(source, hub_parts(source)[-1]), "\n\n")
     path, _, field = source.rpartition(":")
@@ -60,10 +61,10 @@ def read_text(source: str) -> Text:
     return Text(source, decoded(file), "")
 
 
-def _builtin() -> Iterator[str]:
+def _builtin(heldout: bool) -> Iterator[str]:
     from pydoc_data.topics import topics
 
-    return (topics[name] for name in sorted(topics))
+    return (topics[name] for i, name in enumerate(sorted(topics)) if (i % 7 == 6) == heldout)
 
 
 def _field(source: str, field: str) -> Iterator[str]:

@@ -15,11 +15,10 @@ import tyro
 class Output:
     """What every command offers."""
 
-    json: Path | None = None
+    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Write the result to this file as JSON, too."""
 
 
-OutputFlags = Annotated[Output, tyro.conf.arg(name="")]
 ModelName = Annotated[
     str,
     tyro.conf.Positional,

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from jaxprune import folder
-from jaxprune.commands._common import ModelName, Output, OutputFlags, stage
+from jaxprune.commands._common import ModelName, Output, stage
 from jaxprune.models import decode
 
 
@@ -29,7 +29,7 @@ class Generate:
     """0 takes the most likely token each time; more is more random."""
     seed: int = 0
     """Of the sampling."""
-    output: OutputFlags = Output()
+    output: Output = Output()
 
 
 def run(args: Generate) -> dict[str, Any]:

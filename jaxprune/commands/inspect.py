@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from jaxprune import folder, methods, models
-from jaxprune.commands._common import ModelName, Output, OutputFlags
+from jaxprune.commands._common import ModelName, Output
 from jaxprune.models import checkpoint
 
 
@@ -13,14 +13,14 @@ class Inspect:
     """Show the widths of every layer, the parameters, and what was removed."""
 
     model: ModelName
-    output: OutputFlags = Output()
+    output: Output = Output()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Methods:
     """List the methods: what each reads, its calibration, its paper."""
 
-    output: OutputFlags = Output()
+    output: Output = Output()
 
 
 def run(args: Inspect) -> dict[str, Any]:

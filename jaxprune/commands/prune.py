@@ -11,7 +11,7 @@ import tyro
 
 from jaxprune import data, folder, methods, models, pipeline, proof, surgery
 from jaxprune._files import atomic_folder
-from jaxprune.commands._common import ModelName, Output, OutputFlags, layer_range, peak_memory, say, stage
+from jaxprune.commands._common import ModelName, Output, layer_range, peak_memory, say, stage
 from jaxprune.plan import Plan
 
 
@@ -19,15 +19,15 @@ from jaxprune.plan import Plan
 class Calibration:
     """Text that the scores are computed on."""
 
-    calibration: str = "builtin"
+    calibration: Annotated[str, tyro.conf.arg(metavar="SRC")] = "builtin"
     """A text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin (Python's documentation) or self (sampled from the model)."""
-    samples: int | None = None
+    samples: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Sequences; default: the method's own."""
-    length: int | None = None
+    length: Annotated[int | None, tyro.conf.arg(metavar="T")] = None
     """Tokens in a sequence; default: the method's own."""
-    calibration_sha256: str | None = None
+    calibration_sha256: Annotated[str | None, tyro.conf.arg(metavar="HEX")] = None
     """Stop unless the calibration text has this SHA-256, as recorded in jaxprune.json."""
-    seed: int = 0
+    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Of the calibration windows and of random numbers."""
 
 
@@ -39,7 +39,7 @@ class Scoring:
     """Variant of the Taylor score."""
     aggregate: Literal["sum", "mean", "max", "prod"] | None = None
     """How the tensors of a unit are combined; default: the method's own (sum; mean for magnitude)."""
-    steps: int = 1
+    steps: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """Score and cut this many times, towards the ratio in equal steps."""
 
 
@@ -49,17 +49,17 @@ class Shape:
 
     ranking: Literal["local", "global"] = "local"
     """local: the same widths in every layer. global: the lowest scores, wherever they are."""
-    units: str | None = None
+    units: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
     """kv,mlp (KV groups and MLP channels, or one of them), layers (whole layers) or hidden (residual channels); default: kv,mlp."""
-    layers: str | None = None
+    layers: Annotated[str | None, tyro.conf.arg(metavar="A:B")] = None
     """A:B, prune only layers A to B-1."""
-    protect_first: int = 0
+    protect_first: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Leave the first N layers alone."""
-    protect_last: int = 0
+    protect_last: Annotated[int, tyro.conf.arg(metavar="N")] = 0
     """Leave the last N layers alone."""
-    multiple_of: int = 8
+    multiple_of: Annotated[int, tyro.conf.arg(metavar="N")] = 8
     """MLP widths are multiples of this."""
-    max_distinct: int | None = None
+    max_distinct: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """At most this many different layer shapes."""
 
 
@@ -71,22 +71,22 @@ class Prune:
     """
 
     model: ModelName
-    out: Path
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder to write."""
-    ratio: float = 0.2
+    ratio: Annotated[float, tyro.conf.arg(metavar="R")] = 0.2
     """Fraction of the parameters of all attention and MLP matrices to remove."""
     method: Annotated[str, tyro.conf.arg(metavar="NAME")] = "taylor"
     """How units are scored; `jaxprune methods` lists them."""
-    plan: Path | None = None
+    plan: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
     """Cut by this plan (a plan or a jaxprune.json) instead of scoring."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights. Scores are float32 in any case."""
     overwrite: bool = False
     """Replace the output folder if it has content."""
-    calibration: Annotated[Calibration, tyro.conf.arg(name="")] = Calibration()
-    scoring: Annotated[Scoring, tyro.conf.arg(name="")] = Scoring()
-    shape: Annotated[Shape, tyro.conf.arg(name="")] = Shape()
-    output: OutputFlags = Output()
+    calibration: Calibration = Calibration()
+    scoring: Scoring = Scoring()
+    shape: Shape = Shape()
+    output: Output = Output()
 
     def settings(self) -> pipeline.Settings:
         """The flags as `pipeline.Settings`."""

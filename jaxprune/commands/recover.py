@@ -9,7 +9,7 @@ import jax
 
 from jaxprune import _progress, data, folder, recovery
 from jaxprune._files import atomic_folder
-from jaxprune.commands._common import ModelName, Output, OutputFlags, peak_memory, say, stage
+from jaxprune.commands._common import ModelName, Output, peak_memory, say, stage
 from jaxprune.models import axes
 
 
@@ -54,7 +54,7 @@ class Recover:
     """Go on from the last checkpoint."""
     overwrite: bool = False
     """Replace the output folder if it has content."""
-    output: OutputFlags = Output()
+    output: Output = Output()
 
 
 def run(args: Recover) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import tyro
 
 from jaxprune import data, folder, proof
-from jaxprune.commands._common import ModelName, Output, OutputFlags, say, stage
+from jaxprune.commands._common import ModelName, Output, say, stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Verify:
     """Tokens in a sequence."""
     tensors: bool = False
     """List every tensor."""
-    output: OutputFlags = Output()
+    output: Output = Output()
 
 
 def run(args: Verify) -> dict[str, Any]:

@@ -1,0 +1,196 @@
+"""`jaxprune run`: all of it, stage by stage; a stage that is complete is not run again."""
+
+import dataclasses
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from jaxprune import folder, report
+from jaxprune._json import plain, write_json
+from jaxprune.commands import evaluate, prune, recover, verify
+from jaxprune.commands._common import ModelName, Output, say
+from jaxprune.commands.generate import continuation
+from jaxprune.models import checkpoint
+from jaxprune.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """LoRA training after the cut."""
+
+    data: Annotated[str, tyro.conf.arg(metavar="SRC")] = "builtin"
+    """Instructions (.json, .jsonl) or any text source; `none` leaves recovery out."""
+    recovery_steps: Annotated[int, tyro.conf.arg(metavar="N")] = 60
+    """Updates."""
+    batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 8
+    """Sequences in an update."""
+    recovery_length: Annotated[int, tyro.conf.arg(metavar="T")] = 128
+    """Tokens in a sequence."""
+    learning_rate: Annotated[float, tyro.conf.arg(metavar="R")] = 2e-4
+    """Highest learning rate."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What is measured before and after."""
+
+    text: Annotated[str, tyro.conf.arg(metavar="SRC")] = "builtin-heldout"
+    """Text for perplexity; keep it apart from calibration and training data."""
+    window: Annotated[int, tyro.conf.arg(metavar="T")] = 1024
+    """Tokens in a window."""
+    max_tokens: Annotated[int | None, tyro.conf.arg(metavar="N")] = 8192
+    """Read at most this many tokens of the text."""
+    choice: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Multiple-choice questions (.jsonl with query, choices, gold)."""
+    limit: Annotated[int | None, tyro.conf.arg(metavar="N")] = 200
+    """Read at most this many questions."""
+    prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "The capital of France is"
+    """Text that the models continue in the report."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """Prune, verify, recover, evaluate, generate and report, in one go. Started again, it goes on where it stopped.
+
+    Example: jaxprune run smollm2 --out demo
+    """
+
+    model: ModelName
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder for the models (pruned/, recovered/), the numbers (*.json), the figures and report.html."""
+    ratio: Annotated[float, tyro.conf.arg(metavar="R")] = 0.2
+    """Fraction of the parameters of all attention and MLP matrices to remove."""
+    method: Annotated[str, tyro.conf.arg(metavar="NAME")] = "taylor"
+    """How units are scored; `jaxprune methods` lists them."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights."""
+    overwrite: bool = False
+    """Begin anew in a folder that holds another run."""
+    calibration: prune.Calibration = prune.Calibration()
+    scoring: prune.Scoring = prune.Scoring()
+    shape: prune.Shape = prune.Shape()
+    recovery: Recovery = Recovery()
+    evaluation: Evaluation = Evaluation()
+    output: Output = Output()
+
+    def prune_flags(self) -> prune.Prune:
+        """The flags of the pruning stage."""
+        return prune.Prune(
+            model=self.model, out=self.out / "pruned", ratio=self.ratio, method=self.method, dtype=self.dtype, overwrite=True,
+            calibration=self.calibration, scoring=self.scoring, shape=self.shape,
+        )  # fmt: skip
+
+    def recover_flags(self) -> recover.Recover:
+        """The flags of the recovery stage."""
+        r = self.recovery
+        return recover.Recover(
+            model=str(self.out / "pruned"), data=r.data, out=self.out / "recovered", steps=r.recovery_steps, overwrite=True, resume=True,
+            batch_size=r.batch_size, length=r.recovery_length, learning_rate=r.learning_rate, seed=self.calibration.seed,
+        )  # fmt: skip
+
+    def evaluate_flags(self, model: str) -> evaluate.Evaluate:
+        """The flags of an evaluation."""
+        e = self.evaluation
+        windows = tuple(dict.fromkeys((e.window, min(128, e.window))))
+        return evaluate.Evaluate(
+            model=model, text=e.text, window=windows, max_tokens=e.max_tokens, choice=e.choice, limit=e.limit, dtype=self.dtype
+        )
+
+
+def run(args: Run) -> dict[str, Any]:
+    """Runs the stages that are not complete, then writes the report."""
+    args.prune_flags().settings()  # refuses bad flags before anything is done
+    _open(args)
+    done: dict[str, Any] = {"prune": _once(args.out / "prune.json", "pruning", lambda: prune.run(args.prune_flags()))}
+    stages = {"dense": args.model, "pruned": str(args.out / "pruned")}
+    if args.recovery.data != "none":
+        done["recover"] = _once(args.out / "recover.json", "recovery", lambda: recover.run(args.recover_flags()))
+        stages["recovered"] = str(args.out / "recovered")
+    last = stages[next(reversed(stages))]
+    done["verify"] = _once(args.out / "verify.json", "verification", lambda: verify.run(verify.Verify(dense=args.model, pruned=last)))
+    metrics, samples = {}, {}
+    for name, model in stages.items():
+        metrics[name] = _once(
+            args.out / f"evaluate-{name}.json", f"evaluation, {name}", lambda model=model: evaluate.run(args.evaluate_flags(model))
+        )
+        samples[name] = _once(
+            args.out / f"sample-{name}.json",
+            f"sample, {name}",
+            lambda model=model: {"text": continuation(folder.load(model, args.dtype), args.evaluation.prompt, 48)},
+        )["text"]
+    page = _report(args, done, metrics, samples)
+    return _rows(metrics) | {"exact": done["verify"]["exact"], "report": str(page)}
+
+
+def _open(args: Run) -> None:
+    """Makes the folder, or checks that it holds this very run."""
+    settings = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")})
+    path = args.out / "run.json"
+    if args.out.is_dir() and any(args.out.iterdir()):
+        if not path.is_file():
+            raise FileExistsError(f"{args.out}: not empty and not a run of jaxprune; name another folder")
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [k for k in settings if before.get(k) != settings[k]]
+        if not changed:
+            say(f"{args.out}: going on with the run that is there")
+            return
+        if not args.overwrite:
+            raise FileExistsError(
+                f"{args.out}: holds a run with other settings ({', '.join(changed)}); name another folder, or begin anew with --overwrite"
+            )
+        shutil.rmtree(args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_json(path, settings)
+
+
+def _once(path: Path, what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    if path.is_file():
+        say(f"{what}: done before")
+        return json.loads(path.read_text(encoding="utf-8"))
+    say(f"== {what}")
+    result = make()
+    write_json(path, result)
+    return plain(result)
+
+
+def _rows(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    keys = dict.fromkeys(key for m in metrics.values() for key, value in m.items() if isinstance(value, (int, float)))
+    return {"metrics": [{"": key} | {stage: m.get(key) for stage, m in metrics.items()} for key in keys]}
+
+
+def _report(args: Run, done: dict[str, Any], metrics: dict[str, Any], samples: dict[str, str]) -> Path:
+    record = folder.read_record(args.out / "pruned")
+    assert record is not None
+    dense, small = checkpoint.read_config(args.model), checkpoint.read_config(args.out / "pruned")
+    with np.load(args.out / "pruned" / "scores.npz") as stored:
+        scores = tuple({a: stored[f"{i}.{a}"] for a in "kfd" if f"{i}.{a}" in stored} for i in range(len(dense.layers)))
+    figures = {
+        "widths": report.widths_figure(dense, small),
+        "scores": report.scores_figure(scores, Plan.from_dict(record["plan"]).keep),
+        "before_after": report.before_after_figure(metrics),
+    }
+    if "recover" in done:
+        figures["loss"] = report.loss_figure([row["loss"] for row in done["recover"]["losses"]])
+    results = dict(
+        title=f"{args.model}, {record['metrics']['fraction removed']:.1%} of the decoder removed",
+        command=shlex.join(["jaxprune", *sys.argv[1:]]),
+        method=record["method"],
+        calibration=record["calibration"] or "none",
+        recovery=None if "recover" not in done else {k: done["recover"][k] for k in ("training data", "steps")},
+        seed=record["seed"],
+        versions=record["versions"],
+        notes=record["metrics"]["notes"],
+        stages=metrics,
+        verify={k: v for k, v in done["verify"].items() if k != "seconds"},
+        layers=report.layer_rows(dense, small),
+        prompt=args.evaluation.prompt,
+        samples=samples,
+    )
+    return report.write_report(args.out, results, figures)
