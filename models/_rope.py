@@ -50,7 +50,7 @@ def _yarn(s: dict, inv: np.ndarray, cfg: LlamaConfig) -> tuple[np.ndarray, float
     old = s.get("original_max_position_embeddings") or cfg.max_positions
     factor = s.get("factor") or cfg.max_positions / old
 
-    def mscale(scale: float, m: float = 1.0) -> float:
+    def mscale(scale: int | float, m: int | float = 1.0) -> float:
         return 1.0 if scale <= 1 else 0.1 * m * math.log(scale) + 1.0
 
     attention = s.get("attention_factor")
@@ -58,10 +58,10 @@ def _yarn(s: dict, inv: np.ndarray, cfg: LlamaConfig) -> tuple[np.ndarray, float
         m, m_all = s.get("mscale"), s.get("mscale_all_dim")
         attention = mscale(factor, m) / mscale(factor, m_all) if m and m_all else mscale(factor)
 
-    def dimension(rotations: float) -> float:
+    def dimension(rotations: int | float) -> float:
         return cfg.head_dim * math.log(old / (rotations * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
 
-    low, high = dimension(s.get("beta_fast") or 32), dimension(s.get("beta_slow") or 1)
+    low, high = dimension(s.get("beta_fast") or 32.0), dimension(s.get("beta_slow") or 1.0)
     if s.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, cfg.head_dim - 1)
