@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxprune.models._hf_layers import layer_from_hf, layer_to_hf, positive, widths
+from jaxprune.models._hf_layers import layer_to_hf, layers_from_hf, number, positive, widths
 from jaxprune.models._hf_rope import rope_from_hf, rope_to_hf
 from jaxprune.models.config import LayerDims, LlamaConfig
 
@@ -36,13 +36,11 @@ def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
     config = DEFAULTS[family] | config
     _refuse(config, family)
     n, d = positive(config, "num_hidden_layers"), positive(config, "hidden_size")
-    per_layer = {int(i): layer for i, layer in (config.get("per_layer_config") or {}).items()}
-    if unknown := sorted(set(per_layer) - set(range(n))):
-        raise ValueError(f"config.json: per_layer_config names layer {unknown[0]} of a model of {n} layers")
-    layers = [layer_from_hf(config, per_layer.get(i, {}), i) for i in range(n)]
+    layers = layers_from_hf(config, n)
     for position in sorted(config.get(GONE_KEY) or []):
         layers.insert(position, LayerDims(0, 0, 0))
-    head_dim = config.get("head_dim") or d // positive(config, "num_attention_heads")
+    absent = config.get("head_dim") is None
+    head_dim = d // positive(config, "num_attention_heads") if absent else positive(config, "head_dim")
     theta, scaling = rope_from_hf(config, head_dim)
     eos = config.get("eos_token_id")
     return LlamaConfig(
@@ -50,7 +48,7 @@ def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
         d=d,
         head_dim=head_dim,
         layers=tuple(layers),
-        norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        norm_eps=number(config, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         max_positions=positive(config, "max_position_embeddings"),
@@ -141,9 +139,10 @@ def numbering(config: dict[str, Any]) -> dict[int, int]:
 
 
 def _family(config: dict[str, Any]) -> str:
-    named = (config.get("architectures") or [None])[0]
+    listed = config.get("architectures")
+    named = listed[0] if isinstance(listed, list) and listed else listed or None
     known = ARCHITECTURES | OURS
-    family = config.get("model_type") if named is None else {v: k for k, v in known.items()}.get(named)
+    family = config.get("model_type") if named is None else {v: k for k, v in known.items()}.get(str(named))
     if family not in known:
         raise ValueError(
             f"config.json: architecture {named or config.get('model_type')!r} is not supported; "
@@ -168,7 +167,7 @@ def _refuse(config: dict[str, Any], family: str) -> None:
         )
     if family not in OURS and (extra := sorted(set(biases) - set(stored_biases(config)))):
         raise ValueError(f"config.json: {BIASES_KEY} names {extra[0]!r}, for which this file has no bias")
-    gone, n = config.get(GONE_KEY) or [], config.get("num_hidden_layers", 0)
+    gone, n = config.get(GONE_KEY) or [], positive(config, "num_hidden_layers")
     if len(set(gone)) < len(gone) or set(gone) - set(range(n + len(gone))):
         raise ValueError(f"config.json: {GONE_KEY} {gone} given; allowed are distinct numbers from 0 to {n + len(gone) - 1}")
 

@@ -19,6 +19,17 @@ def layer_to_hf(dims: LayerDims) -> dict[str, Any]:
     return {key: width for key, width in widths(dims).items() if width} | (dict(skip=skip) if skip else {})
 
 
+def layers_from_hf(config: dict[str, Any], n: int) -> list[LayerDims]:
+    """The widths of all `n` layers of a file."""
+    per_layer = config.get("per_layer_config") or {}
+    if not isinstance(per_layer, dict) or not all(isinstance(layer, dict) for layer in per_layer.values()):
+        raise ValueError("config.json: per_layer_config must be an object of objects, one for each layer that differs")
+    if unknown := sorted(i for i in per_layer if not i.isdecimal() or int(i) >= n):
+        raise ValueError(f"config.json: per_layer_config names layer {unknown[0]!r}; the layers are 0 to {n - 1}")
+    by_number = {int(i): layer for i, layer in per_layer.items()}
+    return [layer_from_hf(config, by_number.get(i, {}), i) for i in range(n)]
+
+
 def layer_from_hf(config: dict[str, Any], layer: dict[str, Any], i: int) -> LayerDims:
     """The widths of layer `i`: those of the model, overridden by its entry in `per_layer_config`."""
     if unknown := sorted(set(layer) - {*WIDTHS, "skip"}):
@@ -46,3 +57,11 @@ def positive(config: dict[str, Any], key: str) -> int:
         given = f"{value!r} given" if key in config else "missing"
         raise ValueError(f"config.json: {key} {given}; it must be a positive whole number")
     return value
+
+
+def number(config: dict[str, Any], key: str, default: float | None = None) -> float:
+    """A positive number of `config.json`; raises ValueError otherwise."""
+    value = config.get(key, default)
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ValueError(f"config.json: {key} {value!r} given; it must be a positive number")
+    return float(value)

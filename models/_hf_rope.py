@@ -3,6 +3,7 @@
 from typing import Any
 
 from jaxprune.models import _rope
+from jaxprune.models._hf_layers import number
 from jaxprune.models.config import LlamaConfig
 
 Pairs = tuple[tuple[str, Any], ...]
@@ -23,10 +24,14 @@ def rope_from_hf(config: dict[str, Any], head_dim: int) -> tuple[float, Pairs]:
     Raises:
       ValueError: a kind that is not supported, or settings that it lacks.
     """
-    settings = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"config.json: rope_scaling {given!r} given; it must be an object")
+    settings = dict(given)
     if any(isinstance(value, dict) for value in settings.values()):
         raise ValueError("config.json: rope_parameters differ between kinds of layers, which is not supported")
-    theta = float(settings.pop("rope_theta", None) or config.get("rope_theta") or 10000.0)
+    base = settings.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+    theta = number(dict(rope_theta=base), "rope_theta")
     old = settings.pop("type", None)
     kind = settings.pop("rope_type", None) or old or "default"
     if kind not in _rope.SCALINGS:
@@ -38,12 +43,14 @@ def rope_from_hf(config: dict[str, Any], head_dim: int) -> tuple[float, Pairs]:
         return theta, ()
     settings = {key: value for key, value in settings.items() if value is not None}
     if kind in OWN_LENGTH:
-        length = config.get("original_max_position_embeddings") or config.get("max_position_embeddings")
-        settings.setdefault("original_max_position_embeddings", length)
+        key = "original_max_position_embeddings"  # outside the settings it goes before inside, as in transformers
+        settings[key] = config.get(key) or settings.get(key) or config.get("max_position_embeddings")
     if missing := [key for key in NEEDED[kind] if key not in settings]:
         raise ValueError(f"config.json: rope scaling {kind!r} lacks {missing[0]}")
-    for key in ("short_factor", "long_factor"):
-        if key in settings and len(settings[key]) != head_dim // 2:
+    for key in NEEDED[kind]:
+        if not key.endswith(("short_factor", "long_factor")):
+            number(settings, key)
+        elif len(settings[key]) != head_dim // 2:
             raise ValueError(
                 f"config.json: {key} of the rope scaling has {len(settings[key])} numbers; it needs {head_dim // 2}"
             )
