@@ -1,6 +1,7 @@
 """LLaMA (Touvron et al., 2023) as pure functions on a tree of arrays, with probes that scores are derivatives by."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ def rms_norm(x: jax.Array, w: jax.Array, eps: float, gate: jax.Array | None = No
 def linear(p: dict, name: str, x: jax.Array) -> jax.Array:
     """`x` times the matrix `name`, plus its low-rank adapter (`name_a`, `name_b`), if `p` has them. Biases are not added."""
     b, t = x.shape[:2]
-    rows = x.reshape(b * t, -1)  # matrices: an einsum over several axes makes XLA transpose whole weights, here and in the gradient
+    rows = x.reshape(b * t, math.prod(x.shape[2:]))  # einsum over several axes: XLA transposes whole weights
     y = rows @ p[name].reshape(rows.shape[1], -1)
     if f"{name}_a" in p:
         low = rows @ p[f"{name}_a"].reshape(rows.shape[1], -1)
@@ -210,7 +211,7 @@ def loss_fn(
 
 
 def shapes(cfg: LlamaConfig, dtype: Any = jnp.float32) -> Params:
-    """The parameter tree as `jax.ShapeDtypeStruct`s: `embed`, `norm`, `head` unless tied, and one dict of stacked arrays a run."""
+    """The parameter tree as `jax.ShapeDtypeStruct`s: `embed`, `norm`, `head` unless tied, one dict of stacked arrays a run."""
 
     def arrays(table: dict[str, str], size: dict[str, int], lead: tuple[int, ...] = ()) -> dict:
         return {n: jax.ShapeDtypeStruct((*lead, *(size[a] for a in ax)), dtype) for n, ax in table.items()}
