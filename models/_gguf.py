@@ -162,4 +162,6 @@ def _decimal(x: float) -> float:
 
 
 def _vector(path: Path, tensor: Any) -> np.ndarray:
+    if tensor.tensor_type.name != "F32":
+        raise ValueError(f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}; supported is F32")
     return np.fromfile(path, np.float32, int(tensor.n_elements), offset=int(tensor.data_offset))

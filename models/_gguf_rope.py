@@ -27,6 +27,9 @@ def scaling(
       factors: the tensors with divisors of the frequencies, float32[h/2], by name.
       cfg: the model without its scaling.
     """
+    for name, values in factors.items():
+        if len(values) != cfg.head_dim // 2:
+            raise ValueError(f"{path}: tensor {name} has {len(values)} numbers; it needs {cfg.head_dim // 2}")
     if "rope_freqs.weight" in factors:
         divisors = factors["rope_freqs.weight"].astype(np.float64)
         settings = LLAMA3 | dict(rope_type="llama3", factor=float(divisors.max()))
@@ -37,7 +40,8 @@ def scaling(
         return _long(divisors, divisors, 1.0, cfg.max_positions)
     original = get("scaling.original_context_length") or cfg.max_positions
     if "rope_factors_long.weight" in factors:
-        long, short = factors["rope_factors_long.weight"], factors["rope_factors_short.weight"]
+        long = factors["rope_factors_long.weight"]
+        short = factors.get("rope_factors_short.weight", np.ones_like(long))
         return _long(short, long, get("scaling.attn_factor") or 1.0, original)
     kind = get("scaling.type") or ("linear" if get("scale_linear") else "none")
     factor = get("scaling.factor") or get("scale_linear") or 1.0
