@@ -4,6 +4,8 @@ Reference: Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021, equation
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -59,22 +61,29 @@ def init(
     if unknown or not targets:
         raise ValueError(f"targets: {unknown or 'none'} given; choose from {', '.join(axes.MATRICES)}")
     chex.assert_trees_all_equal_shapes(params, models.shapes(cfg))
-    adapter = {}
+    shapes = {}
     for run in cfg.runs:
-        size, arrays = cfg.sizes(run.dims) | dict(r=rank), {}
+        size = cfg.sizes(run.dims) | dict(r=rank)
         for name in targets:
-            if name not in params.get(run.name, {}):
-                continue
-            a, b = (tuple(size[x] for x in letters) for letters in _factors(name))
-            at_layer = jax.random.fold_in(jax.random.fold_in(key, run.start), axes.MATRICES.index(name))
-            bound = (rank / jnp.prod(jnp.array(a))) ** 0.5
-            arrays[f"{name}_a"] = jax.random.uniform(at_layer, (run.length, *a), dtype, -1, 1) * bound.astype(dtype)
-            arrays[f"{name}_b"] = jnp.zeros((run.length, *b), dtype)
-        if arrays:
-            adapter[run.name] = arrays
-    if not adapter:
+            if name in params.get(run.name, {}):
+                shapes[run.name, name] = [(run.length, *(size[x] for x in letters)) for letters in _factors(name)]
+    if not shapes:
         raise ValueError(f"targets: {', '.join(targets)} given, but no layer of this model has any of them; choose others")
+    adapter: Adapter = {}
+    starts = _uniform(key, tuple(a for a, _ in shapes.values()), dtype)
+    for ((run_name, name), (a, b)), start in zip(shapes.items(), starts, strict=True):
+        bound = math.prod(a[1:-1]) ** -0.5
+        adapter.setdefault(run_name, {}).update({f"{name}_a": start * bound, f"{name}_b": jnp.zeros(b, dtype)})
     return adapter
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _uniform(key: jax.Array, shapes: tuple[tuple[int, ...], ...], dtype: Any) -> list[jax.Array]:
+    """Numbers on [-1, 1) for all shapes from one draw: XLA compiles random bits slowly, half a second a shape."""
+    sizes = [math.prod(shape) for shape in shapes]
+    flat = jax.random.uniform(key, (sum(sizes),), dtype, -1, 1)
+    parts = jnp.split(flat, list(itertools.accumulate(sizes))[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _factors(name: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-import functools
+import dataclasses
 
 import chex
 import jax
@@ -10,44 +10,43 @@ from jaxprune import models
 from jaxprune.models import axes
 from jaxprune.recovery import lora
 
-DIMS = (models.LayerDims(2, 2, 48),) * 2 + (models.LayerDims(0, 0, 40),)
-CFG = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=DIMS)
-TOKENS = jax.random.randint(jax.random.key(7), (3, 9), 0, 64)
+logits = jax.jit(models.apply, static_argnames="cfg")
 
 
-PARAMS = functools.cache(lambda dtype: models.init(jax.random.key(0), CFG, dtype))
+@pytest.fixture
+def make(tiny):
+    """Parameters of its own, for tests that donate them, and a new adapter."""
 
+    def make(dtype=jnp.float32, **options):
+        params = jax.tree.map(lambda x: jnp.array(x, dtype), tiny.params)
+        return params, lora.init(jax.random.key(1), params, tiny.cfg, **options)
 
-def make(dtype=jnp.float32, **options):
-    params = jax.tree.map(jnp.copy, PARAMS(dtype))
-    return params, lora.init(jax.random.key(1), params, CFG, **options)
+    return make
 
 
 def shaken(adapter):
     """An adapter whose `b` is no longer zero."""
-    leaves, tree = jax.tree.flatten(adapter)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    return jax.tree.unflatten(tree, [x + 0.1 * jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
-
-
-logits = jax.jit(models.apply, static_argnames="cfg")
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda x: x + jnp.array(rng.normal(0, 0.1, x.shape), x.dtype), adapter)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_new_adapter_changes_no_bit(dtype):
+def test_a_new_adapter_changes_no_bit(tiny, make, dtype):
     params, adapter = make(dtype)
     chex.assert_trees_all_equal(
-        logits(lora.overlay(params, adapter, alpha=16), TOKENS, cfg=CFG), logits(params, TOKENS, cfg=CFG)
+        logits(lora.overlay(params, adapter, alpha=16), tiny.tokens, cfg=tiny.cfg), logits(params, tiny.tokens, cfg=tiny.cfg)
     )
 
 
 def test_adapters_stand_only_on_targets_that_the_layer_has():
-    _, adapter = make(targets=("k", "down"), rank=3)
-    present = {run.name: set(adapter.get(run.name, {})) for run in CFG.runs}
-    assert list(present.values()) == [{"k_a", "k_b", "down_a", "down_b"}, {"down_a", "down_b"}]
+    layers = (models.LayerDims(1, 2, 8), models.LayerDims(0, 0, 8), models.LayerDims(0, 0, 0), models.LayerDims(1, 2, 0))
+    cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=layers)
+    adapter = lora.init(jax.random.key(0), models.shapes(cfg), cfg, targets=("k", "down"), rank=3)
+    attention, mlp = {"k_a", "k_b"}, {"down_a", "down_b"}
+    assert {run: set(arrays) for run, arrays in adapter.items()} == {"run_0": attention | mlp, "run_1": mlp, "run_3": attention}
 
 
-def test_every_layer_and_matrix_starts_from_its_own_numbers():
+def test_every_layer_and_matrix_starts_from_its_own_numbers(make):
     _, adapter = make()
     a = adapter["run_0"]
     assert not np.allclose(a["q_a"][0], a["q_a"][1])
@@ -59,19 +58,19 @@ def test_every_layer_and_matrix_starts_from_its_own_numbers():
 
 
 @pytest.mark.parametrize("donate", [False, True])
-def test_merged_and_overlaid_models_agree(donate):
+def test_merged_and_overlaid_models_agree(tiny, make, donate):
     params, adapter = make(rank=4)
     adapter = shaken(adapter)
-    expected = logits(lora.overlay(params, adapter, alpha=8), TOKENS, cfg=CFG)
-    dense = logits(params, TOKENS, cfg=CFG)
+    expected = logits(lora.overlay(params, adapter, alpha=8), tiny.tokens, cfg=tiny.cfg)
+    dense = logits(params, tiny.tokens, cfg=tiny.cfg)
     merged = lora.merge(params, adapter, alpha=8, donate=donate)
-    chex.assert_trees_all_equal_shapes_and_dtypes(merged, models.shapes(CFG))
-    np.testing.assert_allclose(logits(merged, TOKENS, cfg=CFG), expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_equal_shapes_and_dtypes(merged, models.shapes(tiny.cfg))
+    np.testing.assert_allclose(logits(merged, tiny.tokens, cfg=tiny.cfg), expected, rtol=1e-4, atol=1e-5)
     assert np.abs(expected - dense).max() > 0.01
     assert params["run_0"]["q"].is_deleted() == donate
 
 
-def test_donated_merge_frees_only_what_it_replaces():
+def test_donated_merge_frees_only_what_it_replaces(make):
     params, adapter = make(targets=("q",))
     merged = lora.merge(params, shaken(adapter), alpha=8, donate=True)
     assert params["run_0"]["q"].is_deleted()
@@ -79,7 +78,7 @@ def test_donated_merge_frees_only_what_it_replaces():
 
 
 @pytest.mark.parametrize("name", axes.MATRICES)
-def test_merging_changes_a_matrix_by_its_rank(name):
+def test_merging_changes_a_matrix_by_its_rank(make, name):
     params, adapter = make(rank=2)
     merged = lora.merge(params, shaken(adapter), alpha=8)
     inputs = len(axes.INPUT[name])
@@ -89,7 +88,7 @@ def test_merging_changes_a_matrix_by_its_rank(name):
         assert singular[1] > 1e-3 and singular[2] < 1e-6
 
 
-def test_merging_a_bfloat16_model_rounds_once():
+def test_merging_a_bfloat16_model_rounds_once(make):
     params, adapter = make(jnp.bfloat16)
     adapter = shaken(adapter)
     merged = lora.merge(params, adapter, alpha=16)
@@ -101,9 +100,9 @@ def test_merging_a_bfloat16_model_rounds_once():
     assert (error <= jnp.abs(exact) * 2.0**-8 + 1e-6).all()
 
 
-def test_gradients_of_a_float32_adapter_on_a_bfloat16_model_are_float32():
+def test_gradients_of_a_float32_adapter_on_a_bfloat16_model_are_float32(tiny, make):
     params, adapter = make(jnp.bfloat16)
-    grads = jax.grad(lambda a: logits(lora.overlay(params, a, alpha=16), TOKENS, cfg=CFG).std())(shaken(adapter))
+    grads = jax.grad(lambda a: logits(lora.overlay(params, a, alpha=16), tiny.tokens, cfg=tiny.cfg).std())(shaken(adapter))
     chex.assert_trees_all_equal_shapes_and_dtypes(grads, adapter)
     assert all(g.any() for g in jax.tree.leaves(grads))
 
@@ -116,7 +115,7 @@ def test_gradients_of_a_float32_adapter_on_a_bfloat16_model_are_float32():
         (dict(targets=()), "targets: none given"),
     ],
 )
-def test_bad_options_are_refused(options, message):
+def test_bad_options_are_refused(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
 
@@ -127,8 +126,7 @@ def test_targets_that_the_whole_model_lacks_are_refused():
         lora.init(jax.random.key(0), models.shapes(cfg), cfg, targets=("q",))
 
 
-def test_parameters_of_another_config_are_refused():
-    params, _ = make()
-    other = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=DIMS[:2])
+def test_parameters_of_another_config_are_refused(tiny):
+    other = dataclasses.replace(tiny.cfg, layers=tiny.cfg.layers[:2])
     with pytest.raises(AssertionError):
-        lora.init(jax.random.key(0), params, other)
+        lora.init(jax.random.key(0), tiny.params, other)
