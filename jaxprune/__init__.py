@@ -3,8 +3,8 @@
 from jaxprune import allocate, models, recovery, scorers
 from jaxprune.pipeline import Pruned, Settings, prune
 from jaxprune.plan import Plan, select
-from jaxprune.surgery import cut, gates_of, widen
 from jaxprune.proof import Report, verify
+from jaxprune.surgery import cut, gates_of, widen
 
 __all__ = [
     "Plan",

@@ -105,7 +105,9 @@ def meter(description: str, total: int, unit: str, *, interval: float = 15.0) ->
             begin, before = now, done
         if now - shown >= interval or done == total:
             shown = now
-            text = tqdm.tqdm.format_meter(done, total, now - begin, 80, description, unit=f" {unit}", initial=before, postfix=state)
+            text = tqdm.tqdm.format_meter(
+                done, total, now - begin, 80, description, unit=f" {unit}", initial=before, postfix=state
+            )
             print(text, file=sys.stderr, flush=True)
 
     yield line

@@ -19,7 +19,7 @@ def merge(widths: Widths, cfg: LlamaConfig, budget: int, constraints: Constraint
       most: distinct shapes allowed, at least 1.
 
     Raises:
-      ValueError: the layers left alone already use up the shapes, or layers without a sublayer would have to be merged with others.
+      ValueError: the layers left alone already use up the shapes, or layers that lack a sublayer would have to be merged.
 
     >>> from jaxprune import allocate, models, _shapes
     >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(1, 1, 48),) * 3)
@@ -35,7 +35,8 @@ def merge(widths: Widths, cfg: LlamaConfig, budget: int, constraints: Constraint
     groups = {shape: members for shape, members in groups.items() if shape not in fixed}
     if most < 1 or (groups and most <= len(fixed)):
         raise ValueError(
-            f"max_distinct: {most} given, and the layers left alone already have {len(fixed)} shapes; ask for at least {len(fixed) + 1}"
+            f"max_distinct: {most} given, and the layers left alone already have {len(fixed)} shapes; "
+            f"ask for at least {len(fixed) + 1}"
         )
     while len(groups) > most - len(fixed):
         pair = _nearest(groups, unit_costs(cfg)[chosen[0]])

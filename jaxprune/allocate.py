@@ -42,7 +42,9 @@ class Constraints:
         n = len(cfg.layers)
         start, stop = self.layers or (0, n)
         if not 0 <= start < stop <= n:
-            raise ValueError(f"layers: {start}:{stop} given; this model has layers 0:{n}; give a range inside it that is not empty")
+            raise ValueError(
+                f"layers: {start}:{stop} given; this model has layers 0:{n}; give a range inside it that is not empty"
+            )
         return range(start, stop)
 
     def fewest(self, axis: str, have: int) -> int:
@@ -73,8 +75,8 @@ def _check(cfg: LlamaConfig, budget: int, constraints: Constraints) -> None:
     most = reachable(cfg, constraints)
     if budget > most:
         raise ValueError(
-            f"budget: removing {budget / cfg.decoder_parameters:.1%} of the decoder given; with these layers, units and multiples at most "
-            f"{most / cfg.decoder_parameters:.1%} can go; lower --ratio, widen --layers or prune more --units"
+            f"budget: removing {budget / cfg.decoder_parameters:.1%} of the decoder given; with these layers, units and "
+            f"multiples at most {most / cfg.decoder_parameters:.1%} can go; lower --ratio, widen --layers or prune more --units"
         )
 
 
@@ -151,7 +153,7 @@ def global_(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constr
     >>> import numpy as np
     >>> from jaxprune import allocate, models
     >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 1, 4),) * 2)
-    >>> scores = ({"k": np.array([9.0, 9]), "f": np.array([1.0, 2, 3, 4])}, {"k": np.array([9.0, 9]), "f": np.array([5.0, 6, 7, 8])})
+    >>> scores = tuple({"k": np.array([9.0, 9]), "f": np.arange(4.0) + 4 * i} for i in range(2))
     >>> allocate.global_(scores, cfg, 3 * 96, allocate.Constraints())
     ({'k': 2, 'f': 1}, {'k': 2, 'f': 4})
     """

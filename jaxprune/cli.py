@@ -1,4 +1,4 @@
-"""The command line: parses flags into a command's dataclass, runs it, prints its table, and says what went wrong in one line."""
+"""The command line: flags become a command's dataclass, the command runs, its table is printed, errors take one line."""
 
 import os
 import signal
@@ -25,8 +25,8 @@ COMMANDS: dict[type, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     inspect.Methods: ("methods", inspect.run_methods),
 }
 DESCRIPTION = (
-    "Make a LLaMA-family language model smaller. `jaxprune run MODEL --out DIR` does all of it, the other commands are its steps; "
-    "`jaxprune COMMAND --help` explains each."
+    "Make a LLaMA-family language model smaller. `jaxprune run MODEL --out DIR` does all of it, the other commands are its "
+    "steps; `jaxprune COMMAND --help` explains each."
 )
 
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parse(argv: Sequence[str] | None) -> Any:
     commands = tuple(Annotated[flags, tyro.conf.subcommand(name)] for flags, (name, _) in COMMANDS.items())
     return tyro.cli(
-        Union[commands],  # type: ignore[arg-type]  # noqa: UP007
+        Union[commands],  # type: ignore[call-overload]  # noqa: UP007
         prog="jaxprune",
         description=DESCRIPTION,
         args=argv,

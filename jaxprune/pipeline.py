@@ -54,12 +54,16 @@ class Settings:
         if self.steps < 1:
             raise ValueError(f"steps: {self.steps} given; ask for at least 1")
         if self.protect_first < 0 or self.protect_last < 0:
-            raise ValueError(f"protect: {self.protect_first} first and {self.protect_last} last layers given; ask for 0 or more")
+            raise ValueError(
+                f"protect: {self.protect_first} first and {self.protect_last} last layers given; ask for 0 or more"
+            )
         unknown = set(self.units) - methods.UNITS.keys()
         if unknown or not self.units:
             raise ValueError(f"units: {','.join(self.units)!r} given; allowed are {', '.join(methods.UNITS)}")
         if len(self.units) > 1 and {"layers", "hidden"} & set(self.units):
-            raise ValueError(f"units: {','.join(self.units)} given; layers and hidden stand alone; prune the result again for the others")
+            raise ValueError(
+                f"units: {','.join(self.units)} given; layers and hidden stand alone; prune the result again for the others"
+            )
         if not set(self.units) <= set(method.units):
             raise ValueError(
                 f"units: {self.method} cannot score {', '.join(sorted(set(self.units) - set(method.units)))}; "
@@ -119,7 +123,8 @@ def prune(
     >>> out.cfg.decoder_parameters / cfg.decoder_parameters
     0.6
     """
-    plan, first, now, small = identity(cfg, settings), None, cfg, params
+    plan, now, small = identity(cfg, settings), cfg, params
+    first: PerLayer = ()
     for step in range(settings.steps):
         on_step(f"scoring, step {step + 1} of {settings.steps}")
         batch = None if tokens is None else np.array_split(np.asarray(tokens), settings.steps)[step]
@@ -170,9 +175,11 @@ def _notes(cfg: LlamaConfig, small: LlamaConfig, settings: Settings) -> tuple[st
     reached = 1 - small.decoder_parameters / cfg.decoder_parameters
     if abs(reached - settings.ratio) <= 0.005:
         return ()
-    why = {
+    reasons: dict[tuple[str, ...], str] = {
         ("layers",): f"one layer is {1 / len(cfg.layers):.1%} of the decoder",
         ("hidden",): f"the width is cut in steps of {settings.multiple_of} of {cfg.d} channels",
         ("kv",): "KV groups are removed whole",
-    }.get(settings.units, f"MLP widths are multiples of {settings.multiple_of}, the same in all layers of a shape: lower --multiple-of")
+    }
+    widths = f"MLP widths are multiples of {settings.multiple_of}, the same in all layers of a shape: lower --multiple-of"
+    why = reasons.get(settings.units, widths)
     return (f"ratio {settings.ratio:.4f} asked, {reached:.4f} reached: {why}",)

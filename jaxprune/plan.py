@@ -18,8 +18,8 @@ class Plan:
     """The kept units of every layer: immutable, sorted, equal and hashed by content.
 
     Attributes:
-      keep: per layer, axis letter (`k` KV group, `f` MLP channel, `d` residual channel) -> sorted int64 indices. An absent letter
-        keeps everything; an empty array removes the sublayer. `d` is the same in every layer or absent.
+      keep: per layer, axis letter (`k` KV group, `f` MLP channel, `d` residual channel) -> sorted int64 indices. An absent
+        letter keeps everything; an empty array removes the sublayer. `d` is the same in every layer or absent.
       sizes: per layer, axis letter -> number of units of the model that the plan is for.
 
     Raises:
@@ -36,13 +36,14 @@ class Plan:
 
     def __post_init__(self):
         if len(self.keep) != len(self.sizes):
-            raise ValueError(f"plan: {len(self.keep)} layers in `keep` and {len(self.sizes)} in `sizes`; give one entry for each layer")
+            raise ValueError(
+                f"plan: {len(self.keep)} layers in `keep` and {len(self.sizes)} in `sizes`; give one entry for each layer"
+            )
         layers = tuple(
             {a: _indices(i, a, x, size) for a, x in sorted(keep.items())}
             for i, (keep, size) in enumerate(zip(self.keep, self.sizes, strict=True))
         )
-        shared = [layer.get("d") for layer in layers]
-        if any(x is not None for x in shared) and not all(x is not None and np.array_equal(x, shared[0]) for x in shared):
+        if len({layer["d"].tobytes() if "d" in layer else None for layer in layers}) > 1:
             raise ValueError("plan: axis d: every layer must keep the same residual channels, because they share one stream")
         object.__setattr__(self, "keep", layers)
         object.__setattr__(self, "sizes", tuple(dict(sorted(s.items())) for s in self.sizes))
@@ -98,7 +99,9 @@ class Plan:
         if self.sizes != (want := tuple(dict(sorted(c.items())) for c in unit_counts(cfg, units))):
             where = next((i for i, (a, b) in enumerate(zip(self.sizes, want, strict=False)) if a != b), None)
             if where is None:
-                raise ValueError(f"plan: made for {len(self.sizes)} layers, the model has {len(want)}; use the plan of this model")
+                raise ValueError(
+                    f"plan: made for {len(self.sizes)} layers, the model has {len(want)}; use the plan of this model"
+                )
             raise ValueError(
                 f"plan: made for another model: layer {where} has {self.sizes[where]} units in the plan and {want[where]} "
                 "in the model; use the plan of this model"
@@ -122,12 +125,15 @@ class Plan:
 def _indices(layer: int, axis: str, given: Any, size: dict[str, int]) -> np.ndarray:
     if axis not in size:
         raise ValueError(f"plan: layer {layer}: axis {axis!r} given; this layer has {sorted(size)}")
-    x = np.asarray(given if len(given) else np.zeros(0, np.int64))
+    x = np.asarray(given)
+    x = x.astype(np.int64) if x.shape == (0,) else x
     if x.ndim != 1 or x.dtype.kind not in "iu":
         raise ValueError(f"plan: layer {layer}: axis {axis}: kept units must be a list of whole numbers")
     x = np.sort(x.astype(np.int64))
     if len(x) and (x[0] < 0 or x[-1] >= size[axis]):
-        raise ValueError(f"plan: layer {layer}: axis {axis}: unit {x[0] if x[0] < 0 else x[-1]} given; allowed are 0 to {size[axis] - 1}")
+        raise ValueError(
+            f"plan: layer {layer}: axis {axis}: unit {x[0] if x[0] < 0 else x[-1]} given; allowed are 0 to {size[axis] - 1}"
+        )
     if len(np.unique(x)) != len(x):
         raise ValueError(f"plan: layer {layer}: axis {axis}: a unit is listed twice; list each kept unit once")
     x.flags.writeable = False
@@ -155,7 +161,9 @@ def select(scores: PerLayer, widths: Widths) -> Plan:
         for axis, n in width.items():
             s = np.asarray(layer[axis])
             if not np.isfinite(s).all():
-                raise ValueError(f"layer {i}: axis {axis}: scores contain NaN or infinity; check the weights and the calibration data")
+                raise ValueError(
+                    f"layer {i}: axis {axis}: scores contain NaN or infinity; check the weights and the calibration data"
+                )
             if not 0 <= n <= len(s):
                 raise ValueError(f"layer {i}: cannot keep {n} of {len(s)} units on axis {axis}; ask for at most {len(s)}")
             chosen[axis] = np.argsort(-s, kind="stable")[:n]

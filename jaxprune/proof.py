@@ -19,8 +19,7 @@ class Report(NamedTuple):
     """What `verify` found.
 
     Attributes:
-      difference: largest absolute difference between the logits of the pruned model and of its weights, scattered into the dense
-        shapes and gated.
+      difference: largest absolute difference between the logits of the pruned model and of the masked one.
       largest_logit: largest absolute logit, for scale.
       tolerance: largest difference that counts as equal.
       kept: tensors whose bits equal the kept slice of the dense model.
@@ -42,13 +41,19 @@ class Report(NamedTuple):
 
 
 def verify(
-    params: Params, cfg: LlamaConfig, small: Params, small_cfg: LlamaConfig, plan: Plan, tokens: Any, updates: tuple[str, ...] = ()
+    params: Params,
+    cfg: LlamaConfig,
+    small: Params,
+    small_cfg: LlamaConfig,
+    plan: Plan,
+    tokens: Any,
+    updates: tuple[str, ...] = (),
 ) -> Report:
     """Compares a pruned model with the dense one that it was cut from.
 
-    Tensor by tensor, the kept slice of the dense weights is compared bit for bit. If all are equal, the logits of the dense model,
-    gated by the plan, must be those of the pruned model. If any was updated, the pruned model's own weights are scattered into the
-    dense shapes, zeros elsewhere, and gated: the logits must be the same, whatever updated the weights.
+    Tensor by tensor, the kept slice of the dense weights is compared bit for bit. If all are equal, the logits of the dense
+    model, gated by the plan, must be those of the pruned model. If any was updated, the pruned model's own weights are
+    scattered into the dense shapes, zeros elsewhere, and gated: the logits must be the same, whatever updated the weights.
 
     Args:
       params, cfg: the dense model.
@@ -74,9 +79,15 @@ def verify(
     want = pruned_config(cfg, plan)
     if (small_cfg.layers, small_cfg.d) != (want.layers, want.d):
         where = next((i for i, (a, b) in enumerate(zip(small_cfg.layers, want.layers, strict=False)) if a != b), None)
-        got = f"layer {where} has {small_cfg.layers[where]}" if where is not None else f"{len(small_cfg.layers)} layers of width {small_cfg.d}"
+        got = (
+            f"layer {where} has {small_cfg.layers[where]}"
+            if where is not None
+            else f"{len(small_cfg.layers)} layers of width {small_cfg.d}"
+        )
         expected = want.layers[where] if where is not None else f"{len(want.layers)} layers of width {want.d}"
-        raise ValueError(f"verify: the pruned model is not what the plan makes of the dense one: {got}, the plan asks for {expected}")
+        raise ValueError(
+            f"verify: the pruned model is not what the plan makes of the dense one: {got}, the plan asks for {expected}"
+        )
     differences = dict(_differences(params, cfg, small, small_cfg, plan))
     updated = {name: d for name, d in differences.items() if d}
     wide_cfg = dataclasses.replace(cfg, biases=small_cfg.biases)

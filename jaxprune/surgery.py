@@ -48,7 +48,8 @@ def cut(params: Params, cfg: LlamaConfig, plan: Plan) -> tuple[Params, LlamaConf
       plan: what to keep.
 
     Returns:
-      Smaller params and their configuration. Layers of equal widths are stacked into new runs. The identity plan returns the same bits.
+      Smaller params and their configuration. Layers of equal widths are stacked into new runs. The identity plan returns the
+      same bits.
 
     Raises:
       ValueError: the plan is for a model of another shape, or would leave nothing.
@@ -63,7 +64,7 @@ def cut(params: Params, cfg: LlamaConfig, plan: Plan) -> tuple[Params, LlamaConf
     """
     small = pruned_config(cfg, plan)
     shared = {"d": plan.keep[0]["d"]} if "d" in plan.keep[0] else {}
-    out = {name: take(params[name], letters, shared) for name, letters in cfg.top_arrays().items()}
+    out: Params = {name: take(params[name], letters, shared) for name, letters in cfg.top_arrays().items()}
     where = {run.start + i: (run.name, i) for run in cfg.runs for i in range(run.length)}
     for run in small.runs:
         arrays: dict[str, list] = {}

@@ -24,7 +24,7 @@ def reduce_onto(x: jax.Array, letters: str, keep: str) -> jax.Array:
 
 def salience(kind: str, w: jax.Array, g: jax.Array, g2: jax.Array | None) -> jax.Array:
     """The element-wise statistic of a tap, from a weight, its summed gradient and its summed squared gradients."""
-    w, g = w.astype(jnp.float32), g.astype(jnp.float32)
+    w, g, g2 = w.astype(jnp.float32), g.astype(jnp.float32), jnp.float32(0) if g2 is None else g2
     match kind:
         case "abs":
             return jnp.abs(w * g)

@@ -1,6 +1,5 @@
 """Units of a model: their statistics and their cost."""
 
-
 from jaxprune.models import axes
 from jaxprune.models._taps import reduce_onto
 from jaxprune.models.config import LlamaConfig
@@ -13,8 +12,8 @@ def sum_over_units(tree: Params, cfg: LlamaConfig, units: str = "kf") -> PerLaye
     Args:
       tree: shaped like the params of `cfg`.
       cfg: the model.
-      units: axis letters. For `d` the matrices, norms and embeddings count: the embedding stands with the first layer, the final
-        norm and the head with the last.
+      units: axis letters. For `d` the matrices, norms and embeddings count: the embedding stands with the first layer, the
+        final norm and the head with the last.
 
     Returns:
       Per layer, axis letter -> tensor name -> float32[unit, ..., channel].

@@ -10,6 +10,21 @@ from jaxprune.scorers.random import random
 from jaxprune.scorers.taylor import full_taylor, taylor
 
 __all__ = [
-    "Scorer", "Scores", "aggregate", "chain", "earliest", "fisher", "full_taylor", "gate_taylor", "magnitude", "mix", "normalize", "per_axis",
-    "random", "scale", "score", "standardize", "taylor",
+    "Scorer",
+    "Scores",
+    "aggregate",
+    "chain",
+    "earliest",
+    "fisher",
+    "full_taylor",
+    "gate_taylor",
+    "magnitude",
+    "mix",
+    "normalize",
+    "per_axis",
+    "random",
+    "scale",
+    "score",
+    "standardize",
+    "taylor",
 ]

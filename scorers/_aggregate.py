@@ -1,5 +1,6 @@
 """From the statistics of a unit's tensors to one number per unit."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxprune.scorers._base import Scores
 
-REDUCTIONS = dict(sum=jnp.sum, mean=jnp.mean, max=jnp.max, prod=jnp.prod)
+REDUCTIONS: dict[str, Callable[..., jax.Array]] = dict(sum=jnp.sum, mean=jnp.mean, max=jnp.max, prod=jnp.prod)
 
 
 def check(how: str) -> None:
@@ -24,8 +25,8 @@ def _channels(x: jax.Array) -> jax.Array:
 def aggregate(statistics: tuple[dict[str, dict[str, Any]], ...], how: str = "sum", shared: str = "d") -> Scores:
     r"""Reduces over the tensors of a unit channel by channel, then sums the channels.
 
-    With grouped-query attention the query heads of a group are summed first, so that the statistic of channel `h` of query heads
-    `(k, 0..g-1)` meets that of channel `h` of key/value head `k`.
+    With grouped-query attention the query heads of a group are summed first, so that the statistic of channel `h` of query
+    heads `(k, 0..g-1)` meets that of channel `h` of key/value head `k`.
 
     Args:
       statistics: per layer, axis letter -> tensor name -> [unit, ..., channel] or [unit].
@@ -35,8 +36,8 @@ def aggregate(statistics: tuple[dict[str, dict[str, Any]], ...], how: str = "sum
     Returns:
       Per layer, axis letter -> float32[units].
 
-    Reference: Ma et al., `LLM-Pruner <https://arxiv.org/abs/2305.11627>`_, 2023, section 3.2 (group importance). Its released code
-    aligns grouped query heads with the wrong key/value heads; this does not.
+    Reference: Ma et al., `LLM-Pruner <https://arxiv.org/abs/2305.11627>`_, 2023, section 3.2 (group importance). Its released
+    code aligns grouped query heads with the wrong key/value heads; this does not.
 
     >>> import jax.numpy as jnp
     >>> from jaxprune.scorers import aggregate

@@ -58,11 +58,10 @@ def score(scorer: Scorer, params: Params, probes: Probes, batches: Iterable[Toke
     """
     step = jax.jit(scorer.update, donate_argnums=0)
     state = scorer.init(probes)
-    batches = list(batches) if not scorer.additive else batches
     if scorer.needs == "weights":
         return scorer.finalize(step(state, params, probes, None))
-    if not scorer.additive and len(batches) > 1:
-        batches = [jax.tree.map(lambda *x: jnp.concatenate(x), *batches)]
+    if not scorer.additive and (every := list(batches)):
+        batches = every if len(every) == 1 else [jax.tree.map(lambda *x: jnp.concatenate(x), *every)]
     empty = True
     for tokens in batches:
         state, empty = step(state, params, probes, tokens), False
@@ -80,11 +79,11 @@ class Mean(NamedTuple):
     """A sum over sequences and how many there were."""
 
     total: Any
-    count: jax.Array
+    sequences: jax.Array
 
     def value(self) -> Any:
         """The mean, as a tree."""
-        return jax.tree.map(lambda x: x / self.count, self.total)
+        return jax.tree.map(lambda x: x / self.sequences, self.total)
 
 
 def add_to(mean: Mean, increment: Any, sequences: int, axis_name: str | None, summed: bool = False) -> Mean:
@@ -93,7 +92,7 @@ def add_to(mean: Mean, increment: Any, sequences: int, axis_name: str | None, su
     if axis_name is not None:
         count = jax.lax.psum(count, axis_name)
         increment = increment if summed else jax.lax.psum(increment, axis_name)
-    return Mean(jax.tree.map(jnp.add, mean.total, increment), mean.count + count)
+    return Mean(jax.tree.map(jnp.add, mean.total, increment), mean.sequences + count)
 
 
 def sequences_in(tokens: Tokens) -> int:

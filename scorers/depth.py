@@ -23,7 +23,8 @@ def earliest(layers: int) -> Scorer:
 
     def init(probes):
         return tuple(
-            jax.tree.map(lambda g, i=i: jnp.full(g.shape, layers - i, jnp.float32), layer) for i, layer in enumerate(probes["gates"])
+            jax.tree.map(lambda g, i=i: jnp.full(g.shape, layers - i, jnp.float32), layer)
+            for i, layer in enumerate(probes["gates"])
         )
 
     return Scorer(init, lambda state, params, probes, tokens: state, lambda state: state, additive=False, needs="weights")

@@ -1,4 +1,4 @@
-r"""Taylor importance of weights, summed over structural units (Ma et al., `LLM-Pruner <https://arxiv.org/abs/2305.11627>`_, 2023).
+r"""Taylor importance of weights, summed over units (Ma et al., `LLM-Pruner <https://arxiv.org/abs/2305.11627>`_, 2023).
 
 With :math:`g_j` the gradient of the loss of sequence :math:`j` by a weight :math:`w`, :math:`\bar g = \frac1N \sum_j g_j` and
 :math:`A = \frac1N \sum_j g_j^2`, a tensor of a unit has in each of its channels the statistic
@@ -32,8 +32,8 @@ def taylor(loss: LossFn, variant: str = "param_first", aggregate: str = "sum", a
     """Taylor importance from taps: no weight gradient outlives its layer.
 
     Args:
-      loss: (params, probes, tokens) -> float32[b] in nats, whose taps are described in `jaxprune.models.types`. On a mapped axis
-        build it with the same `axis_name`, so that gradients are summed before their absolute value is taken.
+      loss: (params, probes, tokens) -> float32[b] in nats, whose taps are described in `jaxprune.models.types`. On a mapped
+        axis build it with the same `axis_name`, so that gradients are summed before their absolute value is taken.
       variant: `param_first`, `param_second`, `param_mix` or `vectorize`, see the top of this file.
       aggregate: how the tensors of a unit are combined, channel by channel: sum, mean, max or prod.
       axis_name: mapped axis (`pmap`, `shard_map`) that the sequences are spread over, or None.
@@ -54,8 +54,8 @@ def taylor(loss: LossFn, variant: str = "param_first", aggregate: str = "sum", a
     >>> scorer = scorers.taylor(models.loss_fn(cfg), "param_first")
     >>> params, tokens = models.init(jax.random.key(0), cfg), jax.numpy.arange(12).reshape(2, 6)
     >>> s = scorers.score(scorer, params, models.probes(cfg), [tokens])
-    >>> {axis: x.shape for axis, x in s[0].items()}
-    {'k': (2,), 'f': (48,)}
+    >>> s[0]["k"].shape, s[0]["f"].shape
+    ((2,), (48,))
     """
     _check(variant, aggregate)
     kind = KINDS[variant]

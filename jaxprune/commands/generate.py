@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from jaxprune import folder
 from jaxprune.commands._common import ModelName, Output, stage
@@ -47,7 +47,11 @@ def run(args: Generate) -> dict[str, Any]:
         written = tokens
     print(text[len(shown) :])
     seconds = time.monotonic() - begin
-    return {"tokens": len(written), "seconds, compilation included": round(seconds, 2), "texts": {"prompt": args.prompt, "continuation": text}}
+    return {
+        "tokens": len(written),
+        "seconds, compilation included": round(seconds, 2),
+        "texts": {"prompt": args.prompt, "continuation": text},
+    }
 
 
 def continuations(model: folder.Model, prompt: str, max_new_tokens: int, temperature: float = 0.0, seed: int = 0):
@@ -60,7 +64,7 @@ def continuations(model: folder.Model, prompt: str, max_new_tokens: int, tempera
     if not ids:
         raise ValueError("prompt: it has no tokens; give at least one word")
     stream = decode.stream(
-        model.params, model.cfg, np.asarray([ids], np.int32), max_new_tokens=max_new_tokens, temperature=temperature,
+        model.params, model.cfg, jnp.asarray([ids], jnp.int32), max_new_tokens=max_new_tokens, temperature=temperature,
         key=jax.random.key(seed), eos_ids=model.cfg.eos_ids,
     )  # fmt: skip
     tokens: list[int] = []

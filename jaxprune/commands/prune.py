@@ -20,7 +20,8 @@ class Calibration:
     """Text that the scores are computed on."""
 
     calibration: Annotated[str, tyro.conf.arg(metavar="SRC")] = "builtin"
-    """A text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin (Python's documentation) or self (sampled from the model)."""
+    """A text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin (Python's documentation) or self (written by
+    the model)."""
     samples: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
     """Sequences; default: the method's own."""
     length: Annotated[int | None, tyro.conf.arg(metavar="T")] = None
@@ -50,7 +51,8 @@ class Shape:
     ranking: Literal["local", "global"] = "local"
     """local: the same widths in every layer. global: the lowest scores, wherever they are."""
     units: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
-    """kv,mlp (KV groups and MLP channels, or one of them), layers (whole layers) or hidden (residual channels); default: kv,mlp."""
+    """kv,mlp (KV groups and MLP channels, or one of them), layers (whole layers) or hidden (residual channels); default:
+    kv,mlp."""
     layers: Annotated[str | None, tyro.conf.arg(metavar="A:B")] = None
     """A:B, prune only layers A to B-1."""
     protect_first: Annotated[int, tyro.conf.arg(metavar="N")] = 0
@@ -93,8 +95,8 @@ class Prune:
         given = self.shape.units
         units = tuple(given.split(",")) if given else methods.default_units(self.method)
         return pipeline.Settings(
-            method=self.method, ratio=self.ratio, units=units, ranking=self.shape.ranking, layers=layer_range(self.shape.layers),
-            protect_first=self.shape.protect_first, protect_last=self.shape.protect_last, steps=self.scoring.steps,
+            method=self.method, ratio=self.ratio, units=units, ranking=self.shape.ranking,
+            layers=layer_range(self.shape.layers), protect_first=self.shape.protect_first, protect_last=self.shape.protect_last, steps=self.scoring.steps,
             multiple_of=self.shape.multiple_of, max_distinct=self.shape.max_distinct, taylor=self.scoring.taylor,
             aggregate=self.scoring.aggregate, seed=self.calibration.seed,
         )  # fmt: skip
@@ -112,9 +114,13 @@ def run(args: Prune) -> dict[str, Any]:
                 calibration = calibration_tokens(args, model)
                 tokens = calibration.tokens
         with stage("pruning", seconds):
-            pruned = from_plan(model, args.plan) if args.plan else pipeline.prune(model.params, model.cfg, tokens, settings, say)
+            pruned = (
+                from_plan(model, args.plan) if args.plan else pipeline.prune(model.params, model.cfg, tokens, settings, say)
+            )
         with stage("verifying", seconds):
-            report = proof.verify(model.params, model.cfg, pruned.params, pruned.cfg, pruned.plan, probe_tokens(tokens, model.cfg))
+            report = proof.verify(
+                model.params, model.cfg, pruned.params, pruned.cfg, pruned.plan, probe_tokens(tokens, model.cfg)
+            )
         if not report.exact:
             raise AssertionError(f"the cut is not exact: {report}; please report this")
         for note in pruned.notes:
@@ -133,7 +139,8 @@ def run(args: Prune) -> dict[str, Any]:
         )
         with stage("saving", seconds):
             folder.save(out, folder.Model(pruned.params, pruned.cfg, model.tokenizer, str(args.out), record))
-            np.savez(out / "scores.npz", **{f"{i}.{a}": np.asarray(x) for i, layer in enumerate(pruned.scores) for a, x in layer.items()})
+            scores = {f"{i}.{a}": np.asarray(x) for i, layer in enumerate(pruned.scores) for a, x in layer.items()}
+            np.savez(out / "scores.npz", allow_pickle=False, **scores)
     return result | {"folder": str(args.out)}
 
 
@@ -177,7 +184,9 @@ def probe_tokens(tokens: Any, cfg: models.LlamaConfig) -> Any:
     return np.random.default_rng(0).integers(0, cfg.vocab, (2, 64), dtype=np.int32)
 
 
-def summary(cfg: models.LlamaConfig, pruned: pipeline.Pruned, report: proof.Report, seconds: dict[str, float]) -> dict[str, Any]:
+def summary(
+    cfg: models.LlamaConfig, pruned: pipeline.Pruned, report: proof.Report, seconds: dict[str, float]
+) -> dict[str, Any]:
     """The numbers that the command prints."""
     return {
         "decoder parameters before": cfg.decoder_parameters,

@@ -17,15 +17,15 @@ from jaxprune.models import axes
 class Recover:
     """Train low-rank adapters (LoRA) on a pruned model and merge them into its weights.
 
-    Killed at any moment, the same command with --resume goes on from the last checkpoint, which lies in OUT.training until
-    the model is written.
+    Killed at any moment, the same command with --resume goes on from the last checkpoint, in OUT.training until the end.
 
     Example: jaxprune recover small --data alpaca.json --out better --steps 200
     """
 
     model: ModelName
     data: str
-    """Instructions (.json or .jsonl with the fields instruction, input, output: only responses are learnt) or any text source."""
+    """Instructions (.json or .jsonl with the fields instruction, input, output: only responses are learnt) or any text
+    source."""
     out: Path
     """Folder to write."""
     steps: int = 100
@@ -41,7 +41,7 @@ class Recover:
     learning_rate: float = 2e-4
     """Highest learning rate."""
     warmup: int | None = None
-    """Updates until the highest learning rate is reached, after which it falls linearly to zero; default: a tenth of the steps."""
+    """Updates until the highest learning rate, which then falls linearly to zero; default: a tenth of the steps."""
     accumulate: int = 1
     """Parts that each batch is split into to save memory."""
     save_every: int = 25
@@ -114,7 +114,11 @@ def _train(args: Recover, model: folder.Model, adapter: Any, training: data.Trai
 
 
 def _update(args: Recover, training: data.TrainingData, losses: Any) -> dict[str, Any]:
-    flags = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.name not in ("output", "out", "resume", "overwrite")}
+    flags = {
+        f.name: getattr(args, f.name)
+        for f in dataclasses.fields(args)
+        if f.name not in ("output", "out", "resume", "overwrite")
+    }
     return dict(
         by="LoRA", arrays=list(axes.MATRICES), settings=flags | {"model": str(args.model)}, data=training.source,
         sha256=training.sha256, losses=[float(x) for x in losses],

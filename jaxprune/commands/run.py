@@ -91,8 +91,8 @@ class Run:
         """The flags of the recovery stage."""
         r = self.recovery
         return recover.Recover(
-            model=str(self.out / "pruned"), data=r.data, out=self.out / "recovered", steps=r.recovery_steps, overwrite=True, resume=True,
-            batch_size=r.batch_size, length=r.recovery_length, learning_rate=r.learning_rate, seed=self.calibration.seed,
+            model=str(self.out / "pruned"), data=r.data, out=self.out / "recovered", steps=r.recovery_steps, overwrite=True,
+            resume=True, batch_size=r.batch_size, length=r.recovery_length, learning_rate=r.learning_rate, seed=self.calibration.seed,
         )  # fmt: skip
 
     def evaluate_flags(self, model: str) -> evaluate.Evaluate:
@@ -114,11 +114,15 @@ def run(args: Run) -> dict[str, Any]:
         done["recover"] = _once(args.out / "recover.json", "recovery", lambda: recover.run(args.recover_flags()))
         stages["recovered"] = str(args.out / "recovered")
     last = stages[next(reversed(stages))]
-    done["verify"] = _once(args.out / "verify.json", "verification", lambda: verify.run(verify.Verify(dense=args.model, pruned=last)))
+    done["verify"] = _once(
+        args.out / "verify.json", "verification", lambda: verify.run(verify.Verify(dense=args.model, pruned=last))
+    )
     metrics, samples = {}, {}
     for name, model in stages.items():
         metrics[name] = _once(
-            args.out / f"evaluate-{name}.json", f"evaluation, {name}", lambda model=model: evaluate.run(args.evaluate_flags(model))
+            args.out / f"evaluate-{name}.json",
+            f"evaluation, {name}",
+            lambda model=model: evaluate.run(args.evaluate_flags(model)),
         )
         samples[name] = _once(
             args.out / f"sample-{name}.json",
@@ -143,7 +147,8 @@ def _open(args: Run) -> None:
             return
         if not args.overwrite:
             raise FileExistsError(
-                f"{args.out}: holds a run with other settings ({', '.join(changed)}); name another folder, or begin anew with --overwrite"
+                f"{args.out}: holds a run with other settings ({', '.join(changed)}); name another folder, or begin anew with "
+                "--overwrite"
             )
         shutil.rmtree(args.out)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -177,7 +182,7 @@ def _report(args: Run, done: dict[str, Any], metrics: dict[str, Any], samples: d
         "before_after": report.before_after_figure(metrics),
     }
     if "recover" in done:
-        figures["loss"] = report.loss_figure([row["loss"] for row in done["recover"]["losses"]])
+        figures["loss"] = report.loss_figure(np.array([row["loss"] for row in done["recover"]["losses"]]))
     results = dict(
         title=f"{args.model}, {record['metrics']['fraction removed']:.1%} of the decoder removed",
         command=shlex.join(["jaxprune", *sys.argv[1:]]),

@@ -36,14 +36,14 @@ def run(args: Verify) -> dict[str, Any]:
     with stage("loading", seconds):
         small = folder.load(args.pruned)
         if small.record is None:
-            raise ValueError(f"{args.pruned}: no {folder.RECORD}, so there is no plan to verify; give a folder that jaxprune wrote")
+            raise ValueError(
+                f"{args.pruned}: no {folder.RECORD}, so there is no plan to verify; give a folder that jaxprune wrote"
+            )
         dense = folder.load(args.dense, str(small.params["embed"].dtype))
     plan = folder.plan_from(small.record, dense.cfg)
     tokens = data.token_blocks(args.text, dense.tokenizer, samples=args.samples, length=args.length, seed=0).tokens
     with stage("comparing", seconds):
-        report = proof.verify(
-            dense.params, dense.cfg, small.params, small.cfg, plan, tokens, folder.updates_of(small.record)
-        )
+        report = proof.verify(dense.params, dense.cfg, small.params, small.cfg, plan, tokens, folder.updates_of(small.record))
     for name in report.undeclared:
         say(f"undeclared update: {name} differs by {report.updated[name]:.3g}")
     steps = [f"{u['by']}: {', '.join(u['arrays'])}" for u in small.record.get("updates", ())]
@@ -58,7 +58,7 @@ def run(args: Verify) -> dict[str, Any]:
         "undeclared updates": len(report.undeclared),
     }
     if args.tensors:
-        rows = [{"tensor": n, "state": "equal"} for n in report.kept]
+        rows: list[dict[str, Any]] = [{"tensor": n, "state": "equal"} for n in report.kept]
         rows += [{"tensor": n, "state": "updated", "largest difference": d} for n, d in report.updated.items()]
         result["tensors"] = rows
     return result
