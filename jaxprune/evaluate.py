@@ -1,0 +1,148 @@
+"""What a model costs and how good it is: perplexity, multiple choice, sizes, latency."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from jaxprune._choices import load_choices, multiple_choice
+from jaxprune._latency import latency
+from jaxprune._losses import Progress, losses
+from jaxprune.models import LlamaConfig, Params
+
+__all__ = ["Progress", "encode_text", "evaluate", "latency", "load_choices", "multiple_choice", "perplexity", "sizes"]
+
+
+def encode_text(tokenizer: Any, text: str) -> Int[np.ndarray, " n"]:
+    """Tokens of a whole text, with a BOS at its start if the tokenizer adds one, and no other special token.
+
+    Args:
+      tokenizer: of transformers.
+      text: of any length.
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    bos = [tokenizer.bos_token_id]
+    adds = tokenizer.encode("a")[:1] == bos != tokenizer.encode("a", add_special_tokens=False)[:1]
+    return np.asarray(bos + ids if adds else ids, np.int32)
+
+
+def perplexity(
+    params: Params,
+    cfg: LlamaConfig,
+    tokens: Int[np.ndarray, " n"],
+    *,
+    window: int = 1024,
+    batch: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, float | int]:
+    """exp of the mean cross-entropy of the predicted tokens, in windows that do not overlap.
+
+    Each window is read on its own, so its first token is not predicted and there are `tokens - tokens / window` predictions.
+    Tokens that do not fill a window at the end are dropped.
+
+    Args:
+      params, cfg: the model.
+      tokens: of a text, see `encode_text`.
+      window: tokens that are read together.
+      batch: windows at a time, or None for as many as make 4096 tokens.
+      progress: see `evaluate`.
+
+    Returns:
+      `perplexity`, the `tokens` of the text that the windows cover, and `window`.
+
+    Raises:
+      ValueError: the text does not fill one window, the window is shorter than 2, or a token is not in the vocabulary.
+
+    >>> import jax
+    >>> from jaxprune import evaluate, models
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),))
+    >>> params = jax.tree.map(jax.numpy.zeros_like, models.init(jax.random.key(0), cfg))
+    >>> evaluate.perplexity(params, cfg, jax.numpy.arange(50), window=16)
+    {'perplexity': 64.0, 'tokens': 48, 'window': 16}
+    """
+    tokens = np.asarray(tokens, np.int32)
+    if window < 2:
+        raise ValueError(f"window: {window} given; at least 2 tokens are needed to predict one")
+    if len(tokens) < window:
+        raise ValueError(f"text: {len(tokens)} tokens given, window {window} asked; take a longer text or a shorter window")
+    rows = tokens[: len(tokens) // window * window].reshape(-1, window)
+    if rows.min() < 0 or rows.max() >= cfg.vocab:
+        raise ValueError(f"text: token ids {rows.min()} to {rows.max()} given; the vocabulary is 0 to {cfg.vocab - 1}")
+    nll = [row.mean(dtype=np.float64) for row in losses(params, cfg, rows, batch, progress, f"perplexity at {window}")]
+    mean = float(np.mean(nll))
+    return dict(perplexity=math.exp(mean) if mean < 700 else math.inf, tokens=rows.size, window=window)
+
+
+def sizes(params: Params, cfg: LlamaConfig, *, context: int = 1024) -> dict[str, int]:
+    """What a model takes.
+
+    The matrices of the layers and the head count two FLOPs a parameter, scores and weighted values of a layer
+    `4 * context * q_heads * head_dim`; norms, rotations and softmax are left out.
+
+    Args:
+      params, cfg: the model.
+      context: keys that the token attends to, for the FLOPs.
+
+    Returns:
+      `parameters` that are stored, `decoder_parameters` (attention and MLP matrices), `bytes` of all arrays, `flops_per_token`
+      of the forward pass at this `context`, and `context`.
+
+    >>> import jax
+    >>> from jaxprune import evaluate, models
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),), tie_embeddings=True)
+    >>> evaluate.sizes(models.init(jax.random.key(0), cfg), cfg, context=10)
+    {'parameters': 9824, 'decoder_parameters': 7680, 'bytes': 39296, 'flops_per_token': 20736, 'context': 10}
+    """
+    leaves = jax.tree.leaves(params)
+    keys = context if cfg.sliding_window is None else min(context, cfg.sliding_window)
+    heads = sum(dims.kv_heads * dims.q_per_kv for dims in cfg.layers)
+    return dict(
+        parameters=sum(x.size for x in leaves),
+        decoder_parameters=cfg.decoder_parameters,
+        bytes=sum(x.nbytes for x in leaves),
+        flops_per_token=2 * (cfg.decoder_parameters + cfg.d * cfg.vocab) + 4 * keys * heads * cfg.head_dim,
+        context=context,
+    )
+
+
+def evaluate(
+    params: Params,
+    cfg: LlamaConfig,
+    tokenizer: Any,
+    *,
+    text: str | None = None,
+    window: int = 1024,
+    max_tokens: int | None = None,
+    choices: list[dict[str, Any]] | None = None,
+    limit: int | None = None,
+    timed: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, float | int]:
+    """All of it in one flat dictionary, with the keys of `sizes`, `perplexity`, `multiple_choice` and `latency`.
+
+    Args:
+      params, cfg: the model.
+      tokenizer: of transformers; not used unless there is a text or a question.
+      text: what to measure perplexity on, or None for none.
+      window: see `perplexity`.
+      max_tokens: use only so many tokens from the beginning of the text, or None.
+      choices: questions, see `load_choices`, or None for none.
+      limit: use only so many questions, or None.
+      timed: measure latency.
+      progress: wraps every long loop: called with a sequence and a description, it returns an iterable over it.
+
+    Raises:
+      ValueError: see `perplexity` and `multiple_choice`.
+    """
+    if max_tokens is not None and max_tokens < window:
+        raise ValueError(f"max_tokens: {max_tokens} given, window {window} asked; it must be at least one window")
+    out: dict[str, float | int] = {}
+    if text is not None:
+        tokens = encode_text(tokenizer, text)[:max_tokens]
+        out |= perplexity(params, cfg, tokens, window=window, progress=progress)
+    if choices is not None:
+        out |= multiple_choice(params, cfg, tokenizer, choices, limit=limit, progress=progress)
+    out |= sizes(params, cfg)
+    return out | (latency(params, cfg) if timed else {})
