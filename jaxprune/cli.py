@@ -39,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _show(result)
         if args.output.json is not None:
             write_json(args.output.json, result)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (ValueError, OSError) as error:
         if os.environ.get("JAXPRUNE_TRACEBACK"):
             raise

@@ -13,7 +13,8 @@ from jaxprune._text import Text, beginnings, read_text, sha256, tokenise
 from jaxprune._training_data import TrainingData, instruction_batches, text_batches, training_batches
 
 __all__ = [
-    "Calibration", "TrainingData", "check_sha256", "instruction_batches", "prompt", "read_text", "self_blocks", "text_batches",
+    "Calibration", "Text", "TrainingData", "check_sha256", "instruction_batches",
+    "prompt", "read_text", "self_blocks", "text_batches",
     "token_blocks", "training_batches",
 ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 """`jaxprune run`: all of it, stage by stage; a stage that is complete is not run again."""
 
 import dataclasses
+import functools
 import json
 import shlex
 import shutil
@@ -92,7 +93,8 @@ class Run:
         r = self.recovery
         return recover.Recover(
             model=str(self.out / "pruned"), data=r.data, out=self.out / "recovered", steps=r.recovery_steps, overwrite=True,
-            resume=True, batch_size=r.batch_size, length=r.recovery_length, learning_rate=r.learning_rate, seed=self.calibration.seed,
+            resume=True, batch_size=r.batch_size, length=r.recovery_length, learning_rate=r.learning_rate,
+            seed=self.calibration.seed,
         )  # fmt: skip
 
     def evaluate_flags(self, model: str) -> evaluate.Evaluate:
@@ -119,18 +121,16 @@ def run(args: Run) -> dict[str, Any]:
     )
     metrics, samples = {}, {}
     for name, model in stages.items():
-        metrics[name] = _once(
-            args.out / f"evaluate-{name}.json",
-            f"evaluation, {name}",
-            lambda model=model: evaluate.run(args.evaluate_flags(model)),
-        )
-        samples[name] = _once(
-            args.out / f"sample-{name}.json",
-            f"sample, {name}",
-            lambda model=model: {"text": continuation(folder.load(model, args.dtype), args.evaluation.prompt, 48)},
-        )["text"]
+        measure = functools.partial(evaluate.run, args.evaluate_flags(model))
+        metrics[name] = _once(args.out / f"evaluate-{name}.json", f"evaluation, {name}", measure)
+        write = functools.partial(_sample, args, model)
+        samples[name] = _once(args.out / f"sample-{name}.json", f"sample, {name}", write)["text"]
     page = _report(args, done, metrics, samples)
     return _rows(metrics) | {"exact": done["verify"]["exact"], "report": str(page)}
+
+
+def _sample(args: Run, model: str) -> dict[str, Any]:
+    return {"text": continuation(folder.load(model, args.dtype), args.evaluation.prompt, 48)}
 
 
 def _open(args: Run) -> None:
