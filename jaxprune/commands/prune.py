@@ -95,11 +95,20 @@ class Prune:
         given = self.shape.units
         units = tuple(given.split(",")) if given else methods.default_units(self.method)
         return pipeline.Settings(
-            method=self.method, ratio=self.ratio, units=units, ranking=self.shape.ranking,
-            layers=layer_range(self.shape.layers), protect_first=self.shape.protect_first,
-            protect_last=self.shape.protect_last, steps=self.scoring.steps, multiple_of=self.shape.multiple_of, max_distinct=self.shape.max_distinct, taylor=self.scoring.taylor,
-            aggregate=self.scoring.aggregate, seed=self.calibration.seed,
-        )  # fmt: skip
+            method=self.method,
+            ratio=self.ratio,
+            units=units,
+            ranking=self.shape.ranking,
+            layers=layer_range(self.shape.layers),
+            protect_first=self.shape.protect_first,
+            protect_last=self.shape.protect_last,
+            steps=self.scoring.steps,
+            multiple_of=self.shape.multiple_of,
+            max_distinct=self.shape.max_distinct,
+            taylor=self.scoring.taylor,
+            aggregate=self.scoring.aggregate,
+            seed=self.calibration.seed,
+        )
 
 
 def run(args: Prune) -> dict[str, Any]:
