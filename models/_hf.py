@@ -14,7 +14,7 @@ DEFAULTS: dict[str, dict[str, Any]] = dict(  # of transformers, where a family's
     qwen2=dict(max_position_embeddings=32768, num_key_value_heads=32),
     jaxprune_llama={},
 )
-BIASES_KEY, GONE_KEY = "jaxprune_biases", "jaxprune_gone_layers"
+BIASES_KEY, GONE_KEY, FAMILY_KEY = "jaxprune_biases", "jaxprune_gone_layers", "jaxprune_family"
 
 
 def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
@@ -55,7 +55,7 @@ def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         biases=tuple(config[BIASES_KEY]) if BIASES_KEY in config else stored_biases(config),
         sliding_window=config.get("sliding_window") if family in ("mistral", "jaxprune_llama") else None,
-        family="llama" if family in OURS else family,
+        family=config.get(FAMILY_KEY, "llama") if family in OURS else family,
         bos_id=config.get("bos_token_id"),
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         pad_id=config.get("pad_token_id"),
@@ -68,13 +68,11 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
     - All layers equal: a plain configuration that transformers loads. Layers of which nothing is left are not in the file;
       `jaxprune_gone_layers` holds their positions. Biases that the family stores only together (`attention_bias`: q k v o;
       `mlp_bias`: gate up down) are stored as zeros where the model has none, and `jaxprune_biases` names the real ones.
-    - Layers differ: `per_layer_config` in the schema of transformers 5, each layer in full, with `"skip": ["attention", "mlp"]`
-      for what is gone. The widths outside it are 0, so that a version of transformers that cannot build such a model stops
-      with an error instead of building another one.
-    - The family is the model's own, or the first of llama, mistral and qwen2 that can say it: the three differ only in biases,
-      in `sliding_window`, and in that llama wants `hidden_size` to be a multiple of the number of heads. If none can (a sliding
-      window with biases; a bias left behind by a sublayer that is gone), `model_type` is `jaxprune_llama`, which only this
-      library loads.
+      The family is the model's own, or the first of llama, mistral and qwen2 that can say it: the three differ only in biases,
+      in `sliding_window`, and in that llama wants `hidden_size` to be a multiple of the number of heads.
+    - Otherwise: `model_type` is `jaxprune_llama`, which only this library loads, with `per_layer_config` in the schema of
+      transformers 5, every layer in full, and `"skip": ["attention", "mlp"]` for what is gone. The widths outside it are 0, so
+      that a class of transformers that is made to read it stops with an error instead of building another model.
 
     >>> from jaxprune.models import LayerDims, LlamaConfig, to_hf_config
     >>> cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48), LayerDims(1, 3, 40)))
@@ -82,8 +80,10 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
     {'num_attention_heads': 3, 'num_key_value_heads': 1, 'intermediate_size': 40}
     """
     alive = [dims for dims in cfg.layers if cfg.layer_arrays(dims)]
-    plain = len(set(alive)) == 1 and bool(alive[0].kv_heads and alive[0].ff)
-    family = next((f for f in (cfg.family, *ARCHITECTURES) if _can_say(f, cfg, alive[0] if plain else None)), "jaxprune_llama")
+    equal = len(set(alive)) == 1 and bool(alive[0].kv_heads and alive[0].ff)
+    sayable = [f for f in (cfg.family, *ARCHITECTURES) if equal and _can_say(f, cfg, alive[0])]
+    family = sayable[0] if sayable else "jaxprune_llama"
+    plain = family in ARCHITECTURES
     theta, scaling, rope = rope_to_hf(cfg)
     config: dict[str, Any] = dict(
         architectures=[(ARCHITECTURES | OURS)[family]],
@@ -96,8 +96,6 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
         hidden_act="silu",
         rms_norm_eps=cfg.norm_eps,
         max_position_embeddings=cfg.max_positions,
-        rope_theta=theta,
-        rope_scaling=scaling,
         rope_parameters=rope,
         tie_word_embeddings=cfg.tie_embeddings,
         bos_token_id=cfg.bos_id,
@@ -112,9 +110,12 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
         config |= dict(use_sliding_window=False)
     else:
         config |= dict(sliding_window=cfg.sliding_window)
+    if plain:
+        config |= dict(rope_theta=theta, rope_scaling=scaling)  # as transformers 4 reads it
     if family in OURS or stored_biases(config) != cfg.biases:
         config[BIASES_KEY] = list(cfg.biases)
     if not plain:
+        config[FAMILY_KEY] = cfg.family
         config["per_layer_config"] = {str(i): layer_to_hf(dims) for i, dims in enumerate(cfg.layers)}
     elif len(alive) < len(cfg.layers):
         config[GONE_KEY] = [i for i, dims in enumerate(cfg.layers) if not cfg.layer_arrays(dims)]
@@ -172,12 +173,8 @@ def _refuse(config: dict[str, Any], family: str) -> None:
         raise ValueError(f"config.json: {GONE_KEY} {gone} given; allowed are distinct numbers from 0 to {n + len(gone) - 1}")
 
 
-def _can_say(family: str, cfg: LlamaConfig, dims: LayerDims | None) -> bool:
-    biases = set(cfg.biases)
-    left_behind = any(
-        ("o" in biases and not x.kv_heads) or ("down" in biases and not x.ff) for x in cfg.layers if cfg.layer_arrays(x)
-    )
-    divisible = dims is None or cfg.d % (dims.kv_heads * dims.q_per_kv) == 0
-    if left_behind or (cfg.sliding_window is not None and family != "mistral"):
+def _can_say(family: str, cfg: LlamaConfig, dims: LayerDims) -> bool:
+    if cfg.sliding_window is not None and family != "mistral":
         return False
-    return dict(llama=divisible, mistral=not biases, qwen2=biases == set("qkv"))[family]
+    divisible = cfg.d % (dims.kv_heads * dims.q_per_kv) == 0
+    return dict(llama=divisible, mistral=not cfg.biases, qwen2=set(cfg.biases) == set("qkv"))[family]

@@ -30,7 +30,9 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
     if (path / "tokenizer.json").is_file():
         from transformers import PreTrainedTokenizerFast
 
-        read_json(path / "tokenizer.json")
+        file = path / "tokenizer.json"
+        if not {"model", "added_tokens"} <= read_json(file).keys():
+            raise ValueError(f"{file}: not a tokenizer of the library tokenizers; copy or download it again")
         return PreTrainedTokenizerFast.from_pretrained(path)
     if (path / "tokenizer.model").is_file():
         return _gguf_tokenizer.assemble(_gguf_tokenizer.from_sentencepiece(path))

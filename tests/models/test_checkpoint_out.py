@@ -69,6 +69,7 @@ def test_the_same_bits_come_back(tmp_path, cfg, dtype):
     again, read = models.load(tmp_path)
     assert_same_bits(params, again)
     assert dataclasses.replace(read, family=cfg.family) == cfg
+    assert read.family == cfg.family or cfg in UNIFORM.values()
     models.save(tmp_path / "second", again, read)
     for file in ("config.json", "model.safetensors"):
         assert (tmp_path / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
@@ -94,8 +95,6 @@ def test_transformers_refuses_layers_that_differ(tmp_path, name):
 
     models.save(tmp_path, random(OTHERS[name]), OTHERS[name])
     for kind in ("AutoModelForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"):
-        if name == "window_and_biases" and kind != "AutoModelForCausalLM":
-            continue  # all layers equal: a class that is told to ignore model_type loads the weights that it knows
         with pytest.raises((ValueError, RuntimeError, ZeroDivisionError)):
             getattr(transformers, kind).from_pretrained(tmp_path)
 
