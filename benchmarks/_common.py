@@ -1,0 +1,76 @@
+"""What the benchmarks share: fresh processes, alternating repetitions, peak memory, tables."""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+MIB = 2**20
+
+
+def in_new_process(file: str, *arguments: Any) -> Any:
+    """Runs a Python file and returns the last line that it prints, which is JSON. What it says on stderr passes through."""
+    command = [sys.executable, file, *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: exit status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes.
+
+    On Linux `getrusage` also counts the process that started this one, as it was at that moment; the line VmHWM does not.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if found:
+            return int(found[0]) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def seconds(program: Callable[[], Any]) -> float:
+    """How long a call takes, its result included."""
+    import jax
+
+    begin = time.perf_counter()
+    jax.block_until_ready(program())
+    return time.perf_counter() - begin
+
+
+def alternate(programs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each program: all of them in turn, `repeats` times, after one round that does not count."""
+    rounds = [{name: seconds(program) for name, program in programs.items()} for _ in range(repeats + 1)][1:]
+    return {name: statistics.median(r[name] for r in rounds) for name in programs}
+
+
+def size(tree: Any) -> int:
+    """Bytes of all arrays of a tree."""
+    import jax
+
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def calibration(source: str, model: str, samples: int, length: int) -> Any:
+    """Tokens of a calibration source, int32[samples, length], seed 0."""
+    from jaxprune import data, models
+
+    return data.token_blocks(source, models.load_tokenizer(model), samples=samples, length=length, seed=0).tokens
+
+
+def show(title: str, rows: Sequence[Mapping[str, Any]], json_file: Path | None, **settings: Any) -> None:
+    """Prints a table of results, and writes it as JSON where asked. Floats are printed with three digits after the point."""
+    from jaxprune._json import write_json
+    from jaxprune._progress import table
+
+    print(title)
+    print(table([{k: f"{v:.3f}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]), flush=True)
+    if json_file is not None:
+        write_json(json_file, dict(title=title, rows=rows, **settings))

@@ -1,0 +1,88 @@
+"""Time and memory of one LoRA step on SmolLM2-135M, beside a forward pass and a gradient that stops at the activations.
+
+    python benchmarks/recovery_step.py                    # batch 4 x 128, rank 8
+    python benchmarks/recovery_step.py --dtype bfloat16 --length 256
+
+Each row gives the least wall time and CPU time of `--repeats` calls after compilation, and XLA's temporaries. CPU time is the
+one to compare on a machine that does other work.
+"""
+
+import argparse
+import time
+
+import jax
+import jax.numpy as jnp
+import optax
+from _common import MIB, peak_memory, size
+
+from jaxprune import models, recovery
+from jaxprune.models import checkpoint
+
+
+def measure(name, f, *args, repeats, donate=()):
+    began = time.perf_counter()
+    compiled = jax.jit(f, donate_argnums=donate).lower(*args).compile()
+    compiling = time.perf_counter() - began
+    wall, cpu = [], []
+    for _ in range(repeats + 1):
+        mine = [jax.tree.map(jnp.copy, x) if i in donate else x for i, x in enumerate(args)]
+        jax.block_until_ready(mine)
+        w, c = time.perf_counter(), time.process_time()
+        jax.block_until_ready(compiled(*mine))
+        wall.append(time.perf_counter() - w)
+        cpu.append(time.process_time() - c)
+    temporaries = compiled.memory_analysis().temp_size_in_bytes / MIB
+    print(f"{name:44s} {min(wall[1:]):7.2f} {min(cpu[1:]):7.2f} {temporaries:10.0f} {compiling:10.1f}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=3)
+    args = parser.parse_args()
+
+    params, cfg = checkpoint.load(args.model, dtype=getattr(jnp, args.dtype))
+    adapter = recovery.lora.init(jax.random.key(0), params, cfg, rank=args.rank)
+    tokens = jax.random.randint(jax.random.key(1), (args.batch, args.length), 0, cfg.vocab)
+    batch = dict(tokens=tokens, weights=jnp.ones(tokens.shape))
+    _, tx = recovery.schedule_and_optimizer(1e-4, 100)
+    print(f"{'':44s} {'wall s':>7s} {'CPU s':>7s} {'temp MiB':>10s} {'compile s':>10s}")
+
+    def loss(remat):
+        return recovery.lm_loss(cfg, alpha=16, remat=remat, chunk=args.chunk)
+
+    def step(state, params, batch, remat):
+        adapter, opt_state = state
+        grads, _ = jax.grad(loss(remat), has_aux=True)(adapter, params, batch)
+        updates, opt_state = tx.update(grads, opt_state, adapter)
+        return optax.apply_updates(adapter, updates), opt_state
+
+    measure("forward", loss(False), {}, params, batch, repeats=args.repeats)
+    for remat in (False, True):
+        note = ", recomputing layers" if remat else ""
+
+        def residual(gates, params, batch, remat=remat):
+            x = models.hidden(params, batch["tokens"][:, :-1], cfg, dict(gates=gates), remat=remat)
+            return models.token_losses(params, x, batch["tokens"][:, 1:], cfg, args.chunk).mean()
+
+        gates = models.probes(cfg, "k")["gates"]
+        measure(f"gradient of activations only{note}", jax.grad(residual), gates, params, batch, repeats=args.repeats)
+        measure(
+            f"LoRA step{note}",
+            lambda *a, remat=remat: step(*a, remat),
+            (adapter, tx.init(adapter)),
+            params,
+            batch,
+            repeats=args.repeats,
+            donate=(0,),
+        )
+    print(f"peak of the process: {peak_memory() / MIB:.0f} MiB, loading included; weights {size(params) / MIB:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
