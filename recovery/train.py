@@ -111,9 +111,9 @@ def fit(
       ValueError: an option out of range, a batch without weight, checkpoints of other settings, or a loss or gradient that is
         not finite (the last checkpoint stays good).
     """
-    for name, value in dict(steps=steps, accumulate=accumulate, save_every=save_every).items():
-        if value < 1:
-            raise ValueError(f"{name}: {value} given; it must be at least 1")
+    for name, number in dict(steps=steps, accumulate=accumulate, save_every=save_every).items():
+        if number < 1:
+            raise ValueError(f"{name}: {number} given; it must be at least 1")
     if resume and checkpoint_dir is None:
         raise ValueError("resume: needs checkpoint_dir, the folder of the run to go on with")
     adapter = jax.tree.map(jnp.array, adapter)  # a copy: the steps donate it

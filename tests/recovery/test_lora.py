@@ -100,13 +100,6 @@ def test_merging_a_bfloat16_model_rounds_once(make):
     assert (error <= jnp.abs(exact) * 2.0**-8 + 1e-6).all()
 
 
-def test_gradients_of_a_float32_adapter_on_a_bfloat16_model_are_float32(tiny, make):
-    params, adapter = make(jnp.bfloat16)
-    grads = jax.grad(lambda a: logits(lora.overlay(params, a, alpha=16), tiny.tokens, cfg=tiny.cfg).std())(shaken(adapter))
-    chex.assert_trees_all_equal_shapes_and_dtypes(grads, adapter)
-    assert all(g.any() for g in jax.tree.leaves(grads))
-
-
 @pytest.mark.parametrize(
     "options, message",
     [

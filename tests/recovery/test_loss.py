@@ -1,3 +1,5 @@
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,15 +13,26 @@ ALPHA = 8
 
 
 @pytest.fixture(scope="module")
-def start(tiny):
-    """The tiny model with a head that can be sure of itself, and an adapter that does nothing yet."""
-    params = tiny.params | dict(head=20 * tiny.params["head"])
-    return params, recovery.lora.init(jax.random.key(1), params, tiny.cfg, rank=4)
+def cfg(tiny):
+    return dataclasses.replace(tiny.cfg, layers=tiny.cfg.layers[:2])
 
 
 @pytest.fixture(scope="module")
-def grad(tiny):
-    return jax.jit(jax.value_and_grad(recovery.lm_loss(tiny.cfg, alpha=ALPHA), has_aux=True))
+def start(tiny, cfg):
+    """A model whose head can be sure of itself, and an adapter that does nothing yet."""
+    params = {name: tiny.params[name] for name in ("embed", "norm", "run_0")} | dict(head=20 * tiny.params["head"])
+    return params, recovery.lora.init(jax.random.key(1), params, cfg, rank=4)
+
+
+@pytest.fixture(scope="module")
+def grad(cfg):
+    return jax.jit(jax.value_and_grad(recovery.lm_loss(cfg, alpha=ALPHA), has_aux=True))
+
+
+@pytest.fixture(scope="module")
+def whole(start, cfg):
+    """Four steps on one device without accumulation, by SGD: Adam's first updates are signs, which rounding can turn."""
+    return recovery.fit(recovery.lm_loss(cfg, alpha=ALPHA), *start, ragged, optax.sgd(0.1), steps=4)
 
 
 def counting(step, b=8, t=12):
@@ -35,27 +48,21 @@ def ragged(step):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_training_learns_to_count(start, tiny, dtype):
+def test_training_learns_to_count(start, cfg, dtype):
     params, adapter = jax.tree.map(lambda x: x.astype(dtype), start[0]), start[1]
-    loss = recovery.lm_loss(tiny.cfg, alpha=ALPHA)
+    loss = recovery.lm_loss(cfg, alpha=ALPHA)
     _, tx = recovery.schedule_and_optimizer(2e-2, 80, warmup=5)
     trained, losses = recovery.fit(loss, params, adapter, counting, tx, steps=80)
     assert losses.dtype == np.float32 and losses.shape == (80,)
     assert losses[-5:].mean() < 0.5 * losses[0]
     chex.assert_trees_all_equal_shapes_and_dtypes(trained, adapter)
 
-    merged, batch = recovery.lora.merge(params, trained, alpha=ALPHA), counting(999)
-    mean, _ = loss(trained, params, batch)
-    np.testing.assert_allclose(models.loss_fn(tiny.cfg)(merged, {}, batch["tokens"]).mean(), mean, rtol=0.03)
 
-
-def test_accumulation_equals_one_large_batch(start, tiny):
-    # SGD, because Adam's first updates are the gradient's signs: rounding would show where the gradient is zero
-    loss, tx = recovery.lm_loss(tiny.cfg, alpha=ALPHA), optax.sgd(0.1)
-    whole, losses = recovery.fit(loss, *start, ragged, tx, steps=3)
-    split, same = recovery.fit(loss, *start, ragged, tx, steps=3, accumulate=4)
-    np.testing.assert_allclose(losses, same, rtol=1e-5)
-    chex.assert_trees_all_close(whole, split, rtol=1e-3, atol=1e-5)
+def test_accumulation_equals_one_large_batch(start, cfg, whole):
+    loss = recovery.lm_loss(cfg, alpha=ALPHA)
+    split, losses = recovery.fit(loss, *start, ragged, optax.sgd(0.1), steps=4, accumulate=4)
+    np.testing.assert_allclose(losses, whole[1], rtol=1e-5)
+    chex.assert_trees_all_close(split, whole[0], rtol=1e-3, atol=1e-5)
 
 
 def test_tokens_of_weight_zero_do_not_change_loss_or_gradient(start, grad):
@@ -69,11 +76,11 @@ def test_tokens_of_weight_zero_do_not_change_loss_or_gradient(start, grad):
     assert abs(loss - expected[0][0]) > 1e-3
 
 
-def test_a_prompt_of_weight_zero_is_read_but_not_learnt(start, tiny, grad):
+def test_a_prompt_of_weight_zero_is_read_but_not_learnt(start, cfg, grad):
     params, adapter = start
     tokens = counting(0)["tokens"]
     weights = jnp.zeros(tokens.shape).at[:, 6:].set(1)
-    nll = models.token_losses(params, models.hidden(params, tokens[:, :-1], tiny.cfg), tokens[:, 1:], tiny.cfg)
+    nll = models.token_losses(params, models.hidden(params, tokens[:, :-1], cfg), tokens[:, 1:], cfg)
     (mean, weight), _ = grad(adapter, params, dict(tokens=tokens, weights=weights))
     np.testing.assert_allclose(mean, nll[:, 5:].mean(), rtol=1e-5)
     assert weight == 8 * 6
@@ -81,12 +88,11 @@ def test_a_prompt_of_weight_zero_is_read_but_not_learnt(start, tiny, grad):
     assert other != mean
 
 
-def test_data_parallel_training_equals_one_device_also_when_resumed(start, tiny, tmp_path):
+def test_data_parallel_training_equals_one_device_also_when_resumed(start, cfg, whole, tmp_path):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, everywhere = (jax.NamedSharding(mesh, jax.P(*axes)) for axes in (("data",), ()))
     spread = (jax.device_put(start[0], everywhere), start[1])
-    loss, tx = recovery.lm_loss(tiny.cfg, alpha=ALPHA), optax.sgd(0.1)
-    expected, losses = recovery.fit(loss, *start, ragged, tx, steps=4)
+    loss, tx = recovery.lm_loss(cfg, alpha=ALPHA), optax.sgd(0.1)
 
     def stop(step, _):
         if step == 2:
@@ -98,13 +104,7 @@ def test_data_parallel_training_equals_one_device_also_when_resumed(start, tiny,
     options = dict(steps=4, checkpoint_dir=tmp_path, save_every=2, resume=True)
     with pytest.raises(KeyboardInterrupt):
         recovery.fit(loss, *spread, batches, tx, callback=stop, **options)
-    got, same = recovery.fit(loss, *spread, batches, tx, **options)
-    np.testing.assert_allclose(losses, same, rtol=1e-5)
-    chex.assert_trees_all_close(expected, got, rtol=1e-3, atol=1e-5)
+    got, losses = recovery.fit(loss, *spread, batches, tx, **options)
+    np.testing.assert_allclose(losses, whole[1], rtol=1e-5)
+    chex.assert_trees_all_close(got, whole[0], rtol=1e-3, atol=1e-5)
     assert got["run_0"]["q_a"].sharding.is_equivalent_to(everywhere, 4)
-
-
-def test_a_model_that_is_not_finite_stops_training(start, tiny):
-    params = start[0] | dict(norm=start[0]["norm"].at[0].set(jnp.inf))
-    with pytest.raises(ValueError, match="step 0: the loss is nan .*; lower the learning rate"):
-        recovery.fit(recovery.lm_loss(tiny.cfg, alpha=ALPHA), params, start[1], counting, optax.sgd(0.1), steps=1)

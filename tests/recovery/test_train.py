@@ -37,6 +37,11 @@ def test_the_frozen_model_is_an_argument_not_a_constant(toy):
     assert sizes and set(sizes) == {5}
 
 
+def test_a_loss_that_is_not_finite_stops(toy):
+    with pytest.raises(ValueError, match="step 0: the loss is nan and .*; lower the learning rate"):
+        recovery.fit(toy.loss, jnp.float32(jnp.nan), toy.adapter, toy.batches, optax.sgd(0.1), steps=1)
+
+
 def test_a_gradient_that_is_not_finite_stops_before_it_is_saved(tmp_path):
     def loss(adapter, params, batch):
         return jnp.sqrt(adapter["w"]).sum(), jnp.float32(1)
