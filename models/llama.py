@@ -1,6 +1,5 @@
 """LLaMA (Touvron et al., 2023) as pure functions on a tree of arrays, with probes that scores are derivatives by."""
 
-import functools
 import math
 from typing import Any
 
@@ -130,13 +129,15 @@ def hidden(
     rope = _rope.tables(cfg, jnp.arange(tokens.shape[1]), tokens.shape[1])
 
     for run in cfg.runs:
-        layer = functools.partial(_layer, cfg=cfg, rope=rope, microbatch=microbatch, axis_name=axis_name)
-        step = jax.checkpoint(layer) if remat else layer
         arrays = params.get(run.name, {})
         if not arrays:
             continue
+
+        def layer(x, z):
+            return _layer(z[0], x, cfg, rope, z[1], microbatch, axis_name), None
+
         stacked = {kind: _stack(per_layer, run.start, run.length) for kind, per_layer in probes.items()}
-        x, _ = jax.lax.scan(lambda x, z, step=step: (step(z[0], x, probes=z[1]), None), x, (arrays, stacked))
+        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (arrays, stacked))
     return rms_norm(x, params["norm"], cfg.norm_eps, first_gates.get("d"))
 
 
