@@ -101,7 +101,7 @@ def fit(
       save_every: updates between checkpoints; the last update is always saved.
       resume: go on from the last checkpoint in `checkpoint_dir`, if there is one.
       settings: what else determines the run (data, learning rate, seed, the model), as JSON values; kept in checkpoints, and
-        a resumption with others is refused.
+        a resumption with others is refused. `steps`, `accumulate` and the shapes of the state are added.
       callback: called after each update with its step (from 0) and loss.
 
     Returns:
@@ -118,7 +118,7 @@ def fit(
         raise ValueError("resume: needs checkpoint_dir, the folder of the run to go on with")
     adapter = jax.tree.map(jnp.array, adapter)  # a copy: the steps donate it
     state = _place(State(jnp.int32(0), adapter, tx.init(adapter), jnp.full(steps, jnp.nan, jnp.float32)), params)
-    tied = dict(steps=steps, accumulate=accumulate, state=_describe(state), **(settings or {}))
+    tied = dict(settings or {}) | dict(steps=steps, accumulate=accumulate, state=_describe(state))
     shardings = jax.tree.map(lambda x: x.sharding, state)
     update = jax.jit(functools.partial(_update, loss, tx, accumulate), donate_argnums=0, out_shardings=(shardings, None))
 
