@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxprune.models._gguf_header import Header, TensorInfo, read_header
 from jaxprune.models._gguf_rope import scaling
 from jaxprune.models._layout import Rows, Source
 from jaxprune.models.config import LayerDims, LlamaConfig
@@ -25,59 +26,45 @@ FREQUENCIES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_sh
 PART = 1 << 22  # numbers that are dequantised at a time
 
 
-def open_reader(path: Path) -> Any:
+def open_header(path: Path) -> Header:
     """The header of a GGUF file.
 
     Raises:
-      ValueError: it is not a GGUF file, it is truncated, or its architecture is not supported.
+      ValueError: it is damaged, or its architecture is not supported.
     """
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: not a complete GGUF file ({e}); copy or download it again") from None
-    architecture = metadata(reader, "general.architecture")
+    header = read_header(path)
+    architecture = header.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
-    return reader
-
-
-def metadata(reader: Any, key: str, default: Any = None) -> Any:
-    """A value of the header, or `default`."""
-    field = reader.get_field(key)
-    return default if field is None else field.contents()
+    return header
 
 
 def open_file(path: Path) -> Source:
     """A GGUF file as a source of tensors.
 
     Raises:
-      ValueError: as `open_reader`, or a setting or a tensor type that is not supported.
+      ValueError: as `open_header`, or a setting or a tensor type that is not supported.
     """
     from gguf import quants
 
-    reader = open_reader(path)
-    tensors = {t.name: t for t in reader.tensors}
-    cfg = _config(path, reader, tensors)
+    header = open_header(path)
+    tensors = header.tensors
+    cfg = _config(path, header)
     permuted = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias") if cfg.family == "llama" else ()
 
     def read(name: str) -> Iterator[tuple[Rows, np.ndarray]]:
-        tensor = tensors[name]
-        shape = _shape(tensor)
+        shape, kind, offset, nbytes = tensors[name]
         rows = shape[0] if len(shape) > 1 else 1
-        width = int(tensor.n_bytes) // rows
+        width = nbytes // rows
         step = max(1, PART // max(1, math.prod(shape) // rows))
         order = _unpermuted(shape[0], cfg.head_dim) if name.endswith(permuted) else None
         for start in range(0, rows, step):
             n = min(step, rows - start)
-            raw = np.fromfile(path, np.uint8, n * width, offset=int(tensor.data_offset) + start * width)
+            raw = np.fromfile(path, np.uint8, n * width, offset=offset + start * width)
             try:
-                values = quants.dequantize(raw.reshape(n, width), tensor.tensor_type)
+                values = quants.dequantize(raw.reshape(n, width), kind)
             except NotImplementedError:
-                raise ValueError(
-                    f"{path}: tensor {name} has type {tensor.tensor_type.name}, which cannot be dequantised"
-                ) from None
+                raise ValueError(f"{path}: tensor {name} has type {kind.name}, which cannot be dequantised") from None
             if len(shape) == 1:
                 yield slice(None) if order is None else order, values.reshape(-1)
             else:
@@ -87,15 +74,11 @@ def open_file(path: Path) -> Source:
         where=str(path),
         cfg=cfg,
         dtype=np.dtype(np.float32),
-        shapes={name: _shape(t) for name, t in tensors.items()},
+        shapes={name: info.shape for name, info in tensors.items()},
         name=lambda name, layer: TOP[name] if layer is None else f"blk.{layer}.{LAYER[name]}",
         read=read,
         spare=lambda name: name in FREQUENCIES,
     )
-
-
-def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(int(n) for n in reversed(tensor.shape))
 
 
 def _unpermuted(rows: int, head_dim: int) -> np.ndarray:
@@ -103,11 +86,12 @@ def _unpermuted(rows: int, head_dim: int) -> np.ndarray:
     return np.arange(rows).reshape(-1, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
 
 
-def _config(path: Path, reader: Any, tensors: dict[str, Any]) -> LlamaConfig:
-    family = metadata(reader, "general.architecture")
+def _config(path: Path, header: Header) -> LlamaConfig:
+    metadata, tensors = header
+    family = metadata["general.architecture"]
 
     def get(key: str, default: Any = None) -> Any:
-        value = metadata(reader, f"{family}.{key}", default)
+        value = metadata.get(f"{family}.{key}", default)
         if value is None:
             raise ValueError(f"{path}: {family}.{key} is missing from the metadata; the file is damaged")
         return value
@@ -135,9 +119,9 @@ def _config(path: Path, reader: Any, tensors: dict[str, Any]) -> LlamaConfig:
             raise ValueError(f"{path}: layer {i} has {h} heads for {k} key/value heads; the first must be a multiple")
         layers.append(LayerDims(k, h // k, f) if h else LayerDims(0, 0, f))
     names = {name.split(".", 2)[-1] for name in tensors if name.startswith("blk.")}
-    eos = metadata(reader, "tokenizer.ggml.eos_token_id")
+    eos = metadata.get("tokenizer.ggml.eos_token_id")
     cfg = LlamaConfig(
-        vocab=_shape(tensors["token_embd.weight"])[0],
+        vocab=tensors["token_embd.weight"].shape[0],
         d=d,
         head_dim=head_dim,
         layers=tuple(layers),
@@ -147,21 +131,19 @@ def _config(path: Path, reader: Any, tensors: dict[str, Any]) -> LlamaConfig:
         tie_embeddings="output.weight" not in tensors,
         biases=tuple(n for n in ("q", "k", "v", "o", "gate", "up", "down") if LAYER[f"{n}_bias"] in names),
         family=family,
-        bos_id=metadata(reader, "tokenizer.ggml.bos_token_id"),
+        bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
         eos_ids=() if eos is None else (eos,),
-        pad_id=metadata(reader, "tokenizer.ggml.padding_token_id"),
+        pad_id=metadata.get("tokenizer.ggml.padding_token_id"),
     )
-    factors = {name: _vector(path, tensors[name]) for name in FREQUENCIES if name in tensors}
-    return dataclasses.replace(
-        cfg, rope_scaling=scaling(path, lambda key: metadata(reader, f"{family}.rope.{key}"), factors, cfg)
-    )
+    factors = {name: _vector(path, name, tensors[name]) for name in FREQUENCIES if name in tensors}
+    return dataclasses.replace(cfg, rope_scaling=scaling(path, lambda key: metadata.get(f"{family}.rope.{key}"), factors, cfg))
 
 
 def _decimal(x: float) -> float:
     return float(str(np.float32(x)))  # 1e-05, not 9.999999747378752e-06
 
 
-def _vector(path: Path, tensor: Any) -> np.ndarray:
-    if tensor.tensor_type.name != "F32":
-        raise ValueError(f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}; supported is F32")
-    return np.fromfile(path, np.float32, int(tensor.n_elements), offset=int(tensor.data_offset))
+def _vector(path: Path, name: str, info: TensorInfo) -> np.ndarray:
+    if info.kind.name != "F32":
+        raise ValueError(f"{path}: tensor {name} has type {info.kind.name}; supported is F32")
+    return np.fromfile(path, np.float32, info.nbytes // 4, offset=info.offset)

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxprune.models._gguf import metadata
 from jaxprune.models._safetensors import read_json
 
 if TYPE_CHECKING:
@@ -61,11 +60,11 @@ class Vocabulary(NamedTuple):
     chat_template: str | None
 
 
-def from_gguf(path: Path, reader: Any) -> Vocabulary:
+def from_gguf(path: Path, metadata: dict[str, Any]) -> Vocabulary:
     """The vocabulary in the metadata of a GGUF file."""
 
     def get(key: str, default: Any = None) -> Any:
-        return metadata(reader, f"tokenizer.ggml.{key}", default)
+        return metadata.get(f"tokenizer.ggml.{key}", default)
 
     kind, pre, tokens = get("model"), get("pre", "default"), get("tokens")
     if kind not in ("gpt2", "llama") or not tokens:
@@ -86,7 +85,7 @@ def from_gguf(path: Path, reader: Any) -> Vocabulary:
         add_bos=get("add_bos_token", kind == "llama" or pre in WHOLE_WORDS),
         add_eos=get("add_eos_token", False),
         space_prefix=get("add_space_prefix", True),
-        chat_template=metadata(reader, "tokenizer.chat_template"),
+        chat_template=metadata.get("tokenizer.chat_template"),
     )
 
 

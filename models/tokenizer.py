@@ -26,7 +26,7 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
     """
     path = resolve(source)
     if path.is_file():
-        return _gguf_tokenizer.assemble(_gguf_tokenizer.from_gguf(path, _gguf.open_reader(path)))
+        return _gguf_tokenizer.assemble(_gguf_tokenizer.from_gguf(path, _gguf.open_header(path).metadata))
     if (path / "tokenizer.json").is_file():
         from transformers import PreTrainedTokenizerFast
 

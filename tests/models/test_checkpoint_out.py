@@ -61,10 +61,9 @@ def assert_same_bits(a, b):
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("cfg", [*UNIFORM.values(), *OTHERS.values()], ids=[*UNIFORM, *(f"differ_{n}" for n in OTHERS)])
-def test_the_same_bits_come_back(tmp_path, cfg, dtype):
-    params = random(cfg, dtype)
+def test_the_same_bits_come_back(tmp_path, cfg):
+    params = random(cfg, "bfloat16" if cfg.biases else "float32")
     models.save(tmp_path, params, cfg)
     again, read = models.load(tmp_path)
     assert_same_bits(params, again)

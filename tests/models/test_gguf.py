@@ -80,8 +80,10 @@ def compare(path, model, tokens, logits_of, **tolerance):
     return params, cfg
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("settings", [dict(), dict(tie_word_embeddings=True), dict(head_dim=16), dict(attention_bias=True)])
+@pytest.mark.parametrize(
+    ("kv_heads", "settings"),
+    [(4, dict()), (2, dict(tie_word_embeddings=True)), (1, dict(head_dim=16)), (2, dict(attention_bias=True))],
+)
 def test_llama(oracle, tmp_path, tokens, logits_of, kv_heads, settings):
     model = oracle("llama", num_key_value_heads=kv_heads, **settings)
     params, cfg = compare(write(tmp_path / "m.gguf", model), model, tokens, logits_of)
@@ -194,6 +196,21 @@ def test_truncated(oracle, tmp_path, keep):
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if keep < 1 else keep])
     refused(path, "not a complete GGUF file")
+
+
+def test_the_header_is_what_gguf_reads(oracle, tmp_path):
+    import gguf
+
+    from jaxprune.models._gguf_header import read_header
+
+    scalars = [("a.text", "é"), ("a.number", 7), ("a.fraction", 0.5)]
+    path = write(tmp_path / "m.gguf", oracle("llama", hidden_size=64, intermediate_size=96), "Q8_0", metadata=scalars)
+    header, theirs = read_header(path), gguf.GGUFReader(path)
+    assert header.metadata == {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
+    for t in theirs.tensors:
+        shape = tuple(int(n) for n in reversed(t.shape))
+        assert header.tensors[t.name] == (shape, t.tensor_type, int(t.data_offset), int(t.n_bytes))
+    assert len(header.tensors) == len(theirs.tensors)
 
 
 def test_not_gguf(tmp_path):

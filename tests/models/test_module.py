@@ -30,8 +30,14 @@ def test_it_computes_apply(tiny):
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_it_declares_the_shapes_of_the_library(cfg, dtype):
-    variables = models.Llama(cfg, dtype).init(jax.random.key(0), jax.numpy.zeros((1, 4), int))
-    chex.assert_trees_all_equal_shapes_and_dtypes(variables["params"], models.shapes(cfg, dtype))
+    tokens = jax.numpy.zeros((1, 4), int)
+    declared = jax.eval_shape(models.Llama(cfg, dtype).init, jax.random.key(0), tokens)
+    chex.assert_trees_all_equal_shapes_and_dtypes(declared["params"], models.shapes(cfg, dtype))
+
+
+def test_it_initialises_as_init_does():
+    cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48),) * 2, tie_embeddings=True, biases=("q", "down"))
+    variables = jax.jit(models.Llama(cfg).init)(jax.random.key(0), jax.numpy.zeros((1, 4), int))
     for path, x in jax.tree_util.tree_flatten_with_path(variables["params"])[0]:
         name = path[-1].key
         if name.endswith(("norm", "_bias")):
@@ -55,7 +61,9 @@ def test_a_stale_configuration_is_an_error(tiny, stale):
 
 
 def test_gradients_flow_through_the_module(tiny):
-    def loss(params):
+    @jax.jit
+    @jax.grad
+    def gradient(params):
         return models.Llama(tiny.cfg).apply({"params": params}, tiny.tokens).var()
 
-    chex.assert_trees_all_equal_shapes_and_dtypes(jax.grad(loss)(tiny.params), tiny.params)
+    chex.assert_trees_all_equal_shapes_and_dtypes(gradient(tiny.params), tiny.params)
