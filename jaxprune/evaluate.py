@@ -56,11 +56,13 @@ def perplexity(
       ValueError: the text does not fill one window, the window is shorter than 2, or a token is not in the vocabulary.
 
     >>> import jax
+    >>> import numpy as np
     >>> from jaxprune import evaluate, models
     >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),))
     >>> params = jax.tree.map(jax.numpy.zeros_like, models.init(jax.random.key(0), cfg))
-    >>> evaluate.perplexity(params, cfg, jax.numpy.arange(50), window=16)
-    {'perplexity': 64.0, 'tokens': 48, 'window': 16}
+    >>> found = evaluate.perplexity(params, cfg, np.arange(50), window=16)  # all zeros: every token is as likely as another
+    >>> round(found["perplexity"], 3), found["tokens"], found["window"]
+    (64.0, 48, 16)
     """
     tokens = np.asarray(tokens, np.int32)
     if window < 2:
@@ -82,17 +84,16 @@ def sizes(params: Params, cfg: LlamaConfig, *, context: int = 1024) -> dict[str,
     `4 * context * q_heads * head_dim`; norms, rotations and softmax are left out.
 
     Args:
-      params, cfg: the model.
+      params, cfg: the model; the shapes of its arrays are enough.
       context: keys that the token attends to, for the FLOPs.
 
     Returns:
       `parameters` that are stored, `decoder_parameters` (attention and MLP matrices), `bytes` of all arrays, `flops_per_token`
       of the forward pass at this `context`, and `context`.
 
-    >>> import jax
     >>> from jaxprune import evaluate, models
     >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),), tie_embeddings=True)
-    >>> evaluate.sizes(models.init(jax.random.key(0), cfg), cfg, context=10)
+    >>> evaluate.sizes(models.shapes(cfg), cfg, context=10)
     {'parameters': 9824, 'decoder_parameters': 7680, 'bytes': 39296, 'flops_per_token': 20736, 'context': 10}
     """
     leaves = jax.tree.leaves(params)
@@ -101,7 +102,7 @@ def sizes(params: Params, cfg: LlamaConfig, *, context: int = 1024) -> dict[str,
     return dict(
         parameters=sum(x.size for x in leaves),
         decoder_parameters=cfg.decoder_parameters,
-        bytes=sum(x.nbytes for x in leaves),
+        bytes=sum(x.size * x.dtype.itemsize for x in leaves),
         flops_per_token=2 * (cfg.decoder_parameters + cfg.d * cfg.vocab) + 4 * keys * heads * cfg.head_dim,
         context=context,
     )

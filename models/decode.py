@@ -131,7 +131,7 @@ def _pick(logits, key, temperature, greedy):
 def stream(
     params: Params,
     cfg: LlamaConfig,
-    prompt: Int[Array, "b t"],
+    prompt: Int[Array | np.ndarray, "b t"],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -198,7 +198,7 @@ def _check(prompt, cfg, n, temperature, key, pad, length):
 
 
 def generate(
-    params: Params, cfg: LlamaConfig, prompt: Int[Array, "b t"], *, max_new_tokens: int, **options: Any
+    params: Params, cfg: LlamaConfig, prompt: Int[Array | np.ndarray, "b t"], *, max_new_tokens: int, **options: Any
 ) -> Int[np.ndarray, "b n"]:
     """The new tokens of each sequence, n <= `max_new_tokens`; options as in `stream`.
 
@@ -206,7 +206,7 @@ def generate(
     >>> from jaxprune import models
     >>> from jaxprune.models import decode
     >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),) * 3)
-    >>> decode.generate(models.init(jax.random.key(0), cfg), cfg, [[1, 2, 3]], max_new_tokens=4).shape
+    >>> decode.generate(models.init(jax.random.key(0), cfg), cfg, jax.numpy.array([[1, 2, 3]]), max_new_tokens=4).shape
     (1, 4)
     """
     return np.stack(list(stream(params, cfg, prompt, max_new_tokens=max_new_tokens, **options)), 1)
