@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 MIB = 2**20
 
@@ -36,19 +36,31 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def seconds(program: Callable[[], Any]) -> float:
-    """How long a call takes, its result included."""
+class Spent(NamedTuple):
+    """Seconds on the clock, and processor seconds of all threads, which other programs disturb less."""
+
+    clock: float
+    processor: float
+
+
+def spent(program: Callable[[], Any]) -> Spent:
+    """What a call costs, its result included."""
     import jax
 
-    begin = time.perf_counter()
+    begin = time.perf_counter(), time.process_time()
     jax.block_until_ready(program())
-    return time.perf_counter() - begin
+    return Spent(time.perf_counter() - begin[0], time.process_time() - begin[1])
 
 
-def alternate(programs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each program: all of them in turn, `repeats` times, after one round that does not count."""
-    rounds = [{name: seconds(program) for name, program in programs.items()} for _ in range(repeats + 1)][1:]
-    return {name: statistics.median(r[name] for r in rounds) for name in programs}
+def median(spendings: Sequence[Spent]) -> Spent:
+    """Of each kind of seconds."""
+    return Spent(*map(statistics.median, zip(*spendings, strict=True)))
+
+
+def alternate(programs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Spent]:
+    """The median of each program: all of them in turn, `repeats` times, after one round that does not count."""
+    rounds = [{name: spent(program) for name, program in programs.items()} for _ in range(repeats + 1)][1:]
+    return {name: median([r[name] for r in rounds]) for name in programs}
 
 
 def size(tree: Any) -> int:

@@ -5,12 +5,12 @@
 The model is pruned at 0.2 and 0.5 of its decoder parameters as `jaxprune prune --method taylor --protect-first 4
 --protect-last 2` does (local ranking). All models stand in one process and run in turn; medians. `forward` is the logits of
 1 x 1024 tokens. `decode` is one token after another behind a prompt of 128 tokens, greedy, the prompt's own time left out.
+`(processor)` is the same ratio in processor time of all cores, which other programs disturb less.
 
 RESULTS
 """
 
 import dataclasses
-import time
 from pathlib import Path
 
 import _common
@@ -39,22 +39,17 @@ class Args:
     """Write the result to this file, too."""
 
 
-def decoding(params, cfg, prompt, n: int) -> float:
-    """Seconds for n tokens after the first one, which ends the reading of the prompt."""
+def decoding(params, cfg, prompt, n: int) -> _common.Spent:
+    """What n tokens cost after the first one, which ends the reading of the prompt."""
     from jaxprune.models import decode
 
     tokens = decode.stream(params, cfg, prompt, max_new_tokens=n + 1)
     next(tokens)
-    begin = time.perf_counter()
-    for _ in tokens:
-        pass
-    return time.perf_counter() - begin
+    return _common.spent(lambda: list(tokens))
 
 
 def main(args: Args) -> None:
     """Prunes, measures all models in turn and prints the table."""
-    import statistics
-
     import jax
 
     from jaxprune import models, pipeline
@@ -69,26 +64,28 @@ def main(args: Args) -> None:
 
     tokens = jax.random.randint(jax.random.key(0), (1, args.tokens), 0, cfg.vocab)
     forward = jax.jit(models.apply, static_argnames="cfg")
-    times: dict[str, list] = {name: [] for name in zoo}
+    found: dict[str, list] = {name: [] for name in zoo}
     for _ in range(args.repeats + 1):
         for name, (p, c) in zoo.items():
-            reading = _common.seconds(lambda p=p, c=c: forward(p, tokens, c))
-            times[name].append((reading, decoding(p, c, tokens[:, : args.prompt], args.new_tokens)))
-    medians = {name: [statistics.median(t) for t in zip(*found[1:], strict=True)] for name, found in times.items()}
+            reading = _common.spent(lambda p=p, c=c: forward(p, tokens, c))
+            found[name].append((reading, decoding(p, c, tokens[:, : args.prompt], args.new_tokens)))
+    medians = {name: [_common.median(t) for t in zip(*rounds[1:], strict=True)] for name, rounds in found.items()}
     rows = []
     for name, (p, c) in zoo.items():
         reading, decoded = medians[name]
+        reading_dense, decoded_dense = medians["dense"]
         rows.append(
             {
                 "model": name,
                 "parameters": models.count_parameters(c),
-                "decoder": c.decoder_parameters,
-                "/ dense": c.decoder_parameters / cfg.decoder_parameters,
+                "decoder / dense": c.decoder_parameters / cfg.decoder_parameters,
                 "MiB": round(_common.size(p) / _common.MIB),
-                "forward, s": reading,
-                "faster": medians["dense"][0] / reading,
-                "decode, tokens/s": args.new_tokens / decoded,
-                "faster ": medians["dense"][1] / decoded,
+                "forward, s": reading.clock,
+                "speedup": reading_dense.clock / reading.clock,
+                "(processor)": reading_dense.processor / reading.processor,
+                "decode, tokens/s": args.new_tokens / decoded.clock,
+                "speedup ": decoded_dense.clock / decoded.clock,
+                "(processor) ": decoded_dense.processor / decoded.processor,
             }
         )
     title = f"{args.model}, forward 1 x {args.tokens}, decode {args.new_tokens} after {args.prompt}, median of {args.repeats}"
