@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxprune.models import _rope, _taps, axes
@@ -224,17 +225,18 @@ def shapes(cfg: LlamaConfig, dtype: Any = jnp.float32) -> Params:
 def init(key: jax.Array, cfg: LlamaConfig, dtype: Any = jnp.float32) -> Params:
     """Random parameters: norms one, biases zero, matrices normal with standard deviation 0.02."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes(cfg, dtype))
+    ends = np.cumsum([leaf.size for _, leaf in leaves])
+    flat = np.asarray(0.02 * jax.random.normal(key, (int(ends[-1]),)))  # one draw: XLA compiles random bits slowly, once a shape
 
-    def one(key, path, leaf):
+    def one(path, leaf, end):
         name = path[-1].key
         if name.endswith("norm"):
             return jnp.ones(leaf.shape, leaf.dtype)
         if name.endswith("_bias"):
             return jnp.zeros(leaf.shape, leaf.dtype)
-        return (0.02 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype)
+        return jnp.asarray(flat[end - leaf.size : end].reshape(leaf.shape), leaf.dtype)
 
-    keys = jax.random.split(key, len(leaves))
-    return jax.tree.unflatten(tree, [one(k, path, leaf) for k, (path, leaf) in zip(keys, leaves, strict=True)])
+    return jax.tree.unflatten(tree, [one(path, leaf, end) for (path, leaf), end in zip(leaves, ends, strict=True)])
 
 
 def count_parameters(cfg: LlamaConfig) -> int:
