@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     _, command = COMMANDS[type(args)]
     try:
+        _check_place(args.output.json)
         result = command(args)
         _show(result)
         if args.output.json is not None:
@@ -61,6 +63,11 @@ def _parse(argv: Sequence[str] | None) -> Any:
         args=argv,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
     )
+
+
+def _check_place(path: Path | None) -> None:
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise FileNotFoundError(f"json: {path} given; name a file in a folder that is there")
 
 
 def _show(result: dict[str, Any]) -> None:

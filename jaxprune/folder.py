@@ -1,7 +1,6 @@
 """A model and what is known of it: loaded from anywhere, saved as one folder with its record, `jaxprune.json`."""
 
 import importlib.metadata
-import json
 import platform
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,14 +8,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune import surgery
+from jaxprune._decode import check_file
 from jaxprune._json import write_json
 from jaxprune.models import LlamaConfig, Params
 from jaxprune.models import checkpoint as checkpoints
 from jaxprune.models import tokenizer as tokenizers
+from jaxprune.models._safetensors import read_json
 from jaxprune.plan import Plan
 
 RECORD = "jaxprune.json"
 DTYPES = ("float32", "bfloat16")
+KEYS: dict[str, Any] = dict(  # of a record, and their types
+    plan=dict, method=dict, source=str, calibration=dict | None, seed=int, versions=dict, metrics=dict, updates=list,
+    before=dict | None,
+)  # fmt: skip
 
 
 class Model(NamedTuple):
@@ -63,13 +69,23 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     path = folder / RECORD
     if not path.is_file():
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: damaged ({e}); prune the model again") from None
-    if not isinstance(record, dict) or "plan" not in record:
-        raise ValueError(f"{path}: not a record of jaxprune (no key `plan`); prune the model again")
+    record = read_json(path)
+    _check_record(path, record)
     return record
+
+
+def _check_record(path: Path, record: dict[str, Any]) -> None:
+    wrong = [key for key, kind in KEYS.items() if not isinstance(record.get(key), kind)]
+    if not wrong and not all(isinstance(u, dict) and {"by", "arrays"} <= u.keys() for u in record["updates"]):
+        wrong = ["updates"]
+    if wrong:
+        raise ValueError(f"{path}: not a record of jaxprune: {wrong[0]!r} is missing or malformed; prune the model again")
+    try:
+        Plan.from_dict(record["plan"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if record.get("before"):
+        _check_record(path, record["before"])
 
 
 def save(folder: Path, model: Model) -> None:
@@ -79,22 +95,34 @@ def save(folder: Path, model: Model) -> None:
         write_json(folder / RECORD, model.record)
 
 
-def plan_from(record: dict[str, Any], cfg: LlamaConfig) -> Plan:
-    """The plan that leads from the model `cfg` to the recorded one, through earlier prunings if need be.
+def plan_from(record: dict[str, Any], cfg: LlamaConfig, small_cfg: LlamaConfig) -> Plan:
+    """The plan that leads from the model `cfg` to the recorded one, `small_cfg`, through earlier prunings if need be.
 
-    Raises:
-      ValueError: none of the recorded prunings began with such a model.
+    Where no part of the recorded chain does that, all of it is returned, and `proof.verify` says what does not fit.
     """
     plan = Plan.from_dict(record["plan"])
-    while True:
-        try:
-            plan.check(cfg)
-            return plan
-        except ValueError:
-            record = record.get("before") or {}
-            if "plan" not in record:
-                raise
-            plan = Plan.from_dict(record["plan"]).then(plan)
+    while not _leads(plan, cfg, small_cfg) and record.get("before"):
+        record = record["before"]
+        plan = Plan.from_dict(record["plan"]).then(plan)
+    return plan
+
+
+def _leads(plan: Plan, cfg: LlamaConfig, small_cfg: LlamaConfig) -> bool:
+    try:
+        made = surgery.pruned_config(cfg, plan)
+    except ValueError:
+        return False
+    return (made.layers, made.d) == (small_cfg.layers, small_cfg.d)
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file of its own or in a record.
+
+    Raises:
+      OSError, ValueError: there is no such file, or it holds no plan.
+    """
+    content = read_json(check_file(path, "a plan or a jaxprune.json"))
+    return Plan.from_dict(content.get("plan", content))
 
 
 def updates_of(record: dict[str, Any]) -> tuple[str, ...]:

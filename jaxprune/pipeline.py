@@ -51,8 +51,9 @@ class Settings:
             raise ValueError(f"ratio: {self.ratio} given; allowed is between 0 and 1, both excluded")
         if self.ranking not in ("local", "global"):
             raise ValueError(f"ranking: {self.ranking!r} given; allowed are local and global")
-        if self.steps < 1:
-            raise ValueError(f"steps: {self.steps} given; ask for at least 1")
+        for name in ("steps", "multiple_of", "max_distinct"):
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"{name}: {number} given; ask for at least 1")
         if self.protect_first < 0 or self.protect_last < 0:
             raise ValueError(
                 f"protect: {self.protect_first} first and {self.protect_last} last layers given; ask for 0 or more"
@@ -74,7 +75,8 @@ class Settings:
         """The layers and units that may go, on a model."""
         n = len(cfg.layers)
         start, stop = self.layers or (0, n)
-        start, stop = max(start, self.protect_first), min(stop, n - self.protect_last)
+        start = max(start, self.protect_first)
+        stop = min(stop, n - self.protect_last) if self.protect_last else stop
         letters = "".join(methods.UNITS[u] for u in self.units)
         return allocate.Constraints(
             layers=(start, stop), units=letters if set(letters) <= set("kf") else "kf", multiple_of=self.multiple_of

@@ -110,16 +110,28 @@ class Plan:
     def then(self, second: "Plan") -> "Plan":
         """The plan that does what this one and then `second`, on its result, do.
 
+        Raises:
+          ValueError: `second` is not for the result of this one; the layer is named.
+
         >>> from jaxprune import plan
         >>> first, second = plan.Plan(({"f": [0, 2, 3]},), ({"f": 4},)), plan.Plan(({"f": [1, 2]},), ({"f": 3},))
         >>> first.then(second).keep[0]["f"].tolist()
         [2, 3]
         """
+        if len(self.keep) != len(second.keep):
+            raise ValueError(f"plan: {len(self.keep)} layers are followed by a plan for {len(second.keep)}")
         keep = []
-        for layer, more, size in zip(self.keep, second.keep, self.sizes, strict=True):
-            old = {a: layer.get(a, np.arange(size[a])) for a in layer.keys() | more.keys() if a in size}
+        sizes = tuple(left | size for size, left in zip(self.sizes, second.sizes, strict=True))
+        for i, (layer, more, size) in enumerate(zip(self.keep, second.keep, sizes, strict=True)):
+            old = {a: layer.get(a, np.arange(size[a])) for a in layer.keys() | more.keys()}
+            for a in more:
+                if len(old[a]) != second.sizes[i][a]:
+                    raise ValueError(
+                        f"plan: layer {i}: axis {a}: {len(old[a])} units are left, the plan that follows is for "
+                        f"{second.sizes[i][a]}"
+                    )
             keep.append({a: x[more[a]] if a in more else x for a, x in old.items()})
-        return Plan(tuple(keep), self.sizes)
+        return Plan(tuple(keep), sizes)
 
 
 def _indices(layer: int, axis: str, given: Any, size: dict[str, int]) -> np.ndarray:

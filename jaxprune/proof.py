@@ -77,23 +77,13 @@ def verify(
     True
     """
     want = pruned_config(cfg, plan)
-    if (small_cfg.layers, small_cfg.d) != (want.layers, want.d):
-        where = next((i for i, (a, b) in enumerate(zip(small_cfg.layers, want.layers, strict=False)) if a != b), None)
-        got = (
-            f"layer {where} has {small_cfg.layers[where]}"
-            if where is not None
-            else f"{len(small_cfg.layers)} layers of width {small_cfg.d}"
-        )
-        expected = want.layers[where] if where is not None else f"{len(want.layers)} layers of width {want.d}"
-        raise ValueError(
-            f"verify: the pruned model is not what the plan makes of the dense one: {got}, the plan asks for {expected}"
-        )
+    _check_shapes(small_cfg, want)
     differences = dict(_differences(params, cfg, small, small_cfg, plan))
     updated = {name: d for name, d in differences.items() if d}
     wide_cfg = dataclasses.replace(cfg, biases=small_cfg.biases)
     wide = widen(small, wide_cfg, plan) if updated else params
-    logits = jax.jit(functools.partial(apply, cfg=small_cfg))(small, tokens)
-    gated = jax.jit(lambda p, t, g: apply(p, t, wide_cfg, g))(wide, tokens, gates_of(plan, cfg))
+    logits = _logits(small, tokens, small_cfg)
+    gated = _logits(wide, tokens, wide_cfg, gates_of(plan, cfg))
     largest = float(jnp.max(jnp.abs(logits)))
     return Report(
         difference=float(jnp.max(jnp.abs(logits - gated))),
@@ -103,6 +93,25 @@ def verify(
         updated=updated,
         undeclared=tuple(name for name in updated if name.split(".")[-1] not in updates),
     )
+
+
+def _check_shapes(small_cfg: LlamaConfig, want: LlamaConfig) -> None:
+    shapes = [
+        {name: getattr(cfg, name) for name in ("vocab", "d", "head_dim", "tie_embeddings")}
+        | {f"layer {i}": tuple(dims) for i, dims in enumerate(cfg.layers)}
+        for cfg in (small_cfg, want)
+    ]
+    for name in shapes[0] | shapes[1]:
+        if (given := shapes[0].get(name)) != (asked := shapes[1].get(name)):
+            raise ValueError(
+                f"verify: the pruned model is not what the plan makes of the dense one: {name} is {given}, the plan asks for "
+                f"{asked}; give the model that it was pruned from"
+            )
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _logits(params, tokens, cfg, gates=None):
+    return apply(params, tokens, cfg, gates)
 
 
 def _differences(params, cfg, small, small_cfg, plan: Plan):

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from jaxprune.models import _hf
 from jaxprune.models._layout import Rows, Source
@@ -27,7 +28,7 @@ NAMES = dict(
 )
 DTYPES = {n: np.dtype(t) for n, t in dict(F32=np.float32, F16=np.float16, BF16=ml_dtypes.bfloat16).items()}
 PART = 1 << 22  # numbers that are read at a time
-SHARD = 5 << 30  # bytes of tensors in one file
+SHARD = 1 << 30  # bytes of tensors in one file
 
 
 def tensor_names(config: dict[str, Any]) -> Callable[[str, int | None], str]:
@@ -88,42 +89,30 @@ def open_folder(folder: Path) -> Source:
 
 
 def write(folder: Path, tensors: list[Stored], name: Callable[[str, int | None], str], shard: int = SHARD) -> None:
-    """Writes `model.safetensors`, or shards and their index if there are more than `shard` bytes, tensor by tensor."""
-    groups: list[list[Stored]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if groups[-1] and size + tensor.nbytes > shard:
-            groups.append([])
-            size = 0
-        groups[-1].append(tensor)
-        size += tensor.nbytes
-    if len(groups) == 1:
-        _write_file(folder / "model.safetensors", groups[0], name)
-        return
-    files = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    places: dict[str, str] = {}
-    for file, group in zip(files, groups, strict=True):
-        _write_file(folder / file, group, name)
-        places |= {name(tensor.name, tensor.layer): file for tensor in group}
-    index = dict(metadata=dict(total_size=sum(tensor.nbytes for tensor in tensors)), weight_map=places)
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    """Writes `model.safetensors`, or shards of at most `shard` bytes and their index; one shard at a time is copied.
 
+    Raises:
+      OSError: a file cannot be written.
+    """
+    from huggingface_hub import split_state_dict_into_shards_factory
 
-def _write_file(path: Path, tensors: list[Stored], name: Callable[[str, int | None], str]) -> None:
-    # safetensors.numpy.save_file wants every tensor in memory at once, which would hold the model twice.
-    codes = {dtype: code for code, dtype in DTYPES.items()}
-    header: dict[str, Any] = dict(__metadata__=dict(format="pt"))
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.nbytes
-        key = name(tensor.name, tensor.layer)
-        header[key] = dict(dtype=codes[tensor.dtype], shape=tensor.shape, data_offsets=[start, end])
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as f:
-        f.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            np.ascontiguousarray(tensor.values()).tofile(f)
+    named = {name(tensor.name, tensor.layer): tensor for tensor in tensors}
+    split = split_state_dict_into_shards_factory(
+        named,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=shard,
+    )
+    for file, keys in split.filename_to_tensors.items():
+        arrays = {key: np.ascontiguousarray(named[key].values()) for key in keys}
+        try:
+            save_file(arrays, folder / file, metadata=dict(format="pt"))
+        except SafetensorError as e:
+            raise OSError(f"{folder / file}: cannot be written ({e})") from None
+        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read it
+    if split.is_sharded:
+        index = dict(metadata=split.metadata, weight_map=split.tensor_to_filename)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _files(folder: Path) -> list[Path]:

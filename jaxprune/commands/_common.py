@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import tyro
+
+from jaxprune.models import LlamaConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +53,15 @@ def peak_memory() -> int:
     """Largest resident size of this process so far, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_tokens(tokens: np.ndarray, cfg: LlamaConfig, source: str) -> None:
+    """Raises ValueError unless the model has all of the tokens, for JAX reads any other as its last one."""
+    if tokens.max() >= cfg.vocab:
+        raise ValueError(
+            f"{source}: the tokenizer makes token {tokens.max()}, the model has 0 to {cfg.vocab - 1}; "
+            "give the tokenizer that belongs to the model"
+        )
 
 
 def pairs(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """`jaxprune evaluate`: how good a model is, and what it costs."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -8,6 +9,7 @@ import tyro
 
 from jaxprune import _progress, data, folder
 from jaxprune import evaluate as evaluation
+from jaxprune._text import beginnings
 from jaxprune.commands._common import ModelName, Output, stage
 
 
@@ -38,10 +40,7 @@ class Evaluate:
 
 def run(args: Evaluate) -> dict[str, Any]:
     """Loads the model and measures."""
-    if not args.window:
-        raise ValueError("window: none given; give at least one number of tokens, e.g. 1024")
-    choices = None if args.choice is None else evaluation.load_choices(args.choice, args.limit)
-    text = None if args.text is None else "".join(_joined(data.read_text(args.text)))
+    text, choices = inputs(args)
     with stage("loading", {}):
         model = folder.load(args.model, args.dtype)
     result: dict[str, Any] = dict(
@@ -64,6 +63,21 @@ def run(args: Evaluate) -> dict[str, Any]:
     return result
 
 
-def _joined(text: data.Text):
-    for i, piece in enumerate(text.pieces):
-        yield text.separator + piece if i else piece
+def inputs(args: Evaluate) -> tuple[str | None, list[dict[str, Any]] | None]:
+    """The text and the questions, before any model is loaded.
+
+    Raises:
+      ValueError, OSError: a flag or a file is not what it should be.
+    """
+    if not args.window or min(args.window) < 2:
+        raise ValueError(f"window: {args.window} given; give at least one number of tokens, 2 or more, e.g. 1024")
+    if args.max_tokens is not None and args.max_tokens < max(args.window):
+        raise ValueError(f"max_tokens: {args.max_tokens} given, window {max(args.window)} asked; read at least one window")
+    choices = None if args.choice is None else evaluation.load_choices(args.choice, args.limit)
+    return None if args.text is None else _text(args.text, args.max_tokens), choices
+
+
+def _text(source: str, max_tokens: int | None) -> str:
+    text = data.read_text(source)
+    limit = sys.maxsize if max_tokens is None else 32 * max_tokens  # characters; no text has as many in a token
+    return text.separator.join(next(beginnings(text, limit)))

@@ -28,6 +28,8 @@ def run(args: Inspect) -> dict[str, Any]:
     path = checkpoint.resolve(args.model)
     cfg, record = checkpoint.read_config(path), folder.read_record(path)
     plan = None if record is None else record["plan"]
+    if plan is not None and len(plan["sizes"]) != len(cfg.layers):
+        raise ValueError(f"{path}: {folder.RECORD} is for {len(plan['sizes'])} layers, the model has {len(cfg.layers)}")
     layers = []
     for i, dims in enumerate(cfg.layers):
         row = {"layer": i, "KV groups": dims.kv_heads, "query heads": dims.kv_heads * dims.q_per_kv, "MLP channels": dims.ff}
@@ -44,7 +46,7 @@ def run(args: Inspect) -> dict[str, Any]:
         "tied embeddings": cfg.tie_embeddings,
         "decoder parameters": cfg.decoder_parameters,
         "all parameters": models.count_parameters(cfg),
-        "pruned with": None if record is None else record["method"]["name"],
+        "pruned with": None if record is None else record["method"].get("name"),
         "pruned from": None if record is None else record["source"],
         "layers": layers,
     }

@@ -11,8 +11,7 @@ import tyro
 
 from jaxprune import data, folder, methods, models, pipeline, proof, surgery
 from jaxprune._files import atomic_folder
-from jaxprune.commands._common import ModelName, Output, layer_range, peak_memory, say, stage
-from jaxprune.plan import Plan
+from jaxprune.commands._common import ModelName, Output, check_tokens, layer_range, peak_memory, say, stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,18 +113,23 @@ class Prune:
 def run(args: Prune) -> dict[str, Any]:
     """Prunes and saves; returns what happened, for a table."""
     settings, seconds = args.settings(), dict[str, float]()
+    reads_text = args.plan is None and methods.find(args.method).needs != "weights"
+    if args.calibration.calibration_sha256 is not None and not reads_text:
+        raise ValueError(f"calibration_sha256: given, but {'--plan' if args.plan else args.method} reads no text; leave it out")
     with atomic_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
             model = folder.load(args.model, args.dtype)
         tokens = calibration = None
-        if args.plan is None and methods.find(args.method).needs != "weights":
+        if reads_text:
             with stage("reading calibration text", seconds):
                 calibration = calibration_tokens(args, model)
                 tokens = calibration.tokens
         with stage("pruning", seconds):
-            pruned = (
-                from_plan(model, args.plan) if args.plan else pipeline.prune(model.params, model.cfg, tokens, settings, say)
-            )
+            if args.plan is None:
+                pruned = pipeline.prune(model.params, model.cfg, tokens, settings, say)
+            else:
+                plan = folder.read_plan(args.plan)
+                pruned = pipeline.Pruned(*surgery.cut(model.params, model.cfg, plan), plan, (), ())
         with stage("verifying", seconds):
             report = proof.verify(
                 model.params, model.cfg, pruned.params, pruned.cfg, pruned.plan, probe_tokens(tokens, model.cfg)
@@ -159,13 +163,14 @@ def calibration_tokens(args: Prune, model: folder.Model) -> data.Calibration:
     found = data.token_blocks(
         flags.calibration,
         model.tokenizer,
-        samples=(flags.samples or method.samples) * args.scoring.steps,
-        length=flags.length or method.length,
+        samples=(method.samples if flags.samples is None else flags.samples) * args.scoring.steps,
+        length=method.length if flags.length is None else flags.length,
         seed=flags.seed,
         sampler=lambda n, t, seed: data.self_blocks(model.params, model.cfg, samples=n, length=t, key=jax.random.key(seed)),
     )
     if flags.calibration_sha256 is not None:
         data.check_sha256(flags.calibration_sha256, found.sha256, flags.calibration)
+    check_tokens(found.tokens, model.cfg, flags.calibration)
     return found
 
 
@@ -173,17 +178,6 @@ def described(calibration: data.Calibration) -> dict[str, Any]:
     """What the record says of calibration data."""
     samples, length = calibration.tokens.shape
     return dict(source=calibration.source, sha256=calibration.sha256, samples=samples, length=length)
-
-
-def from_plan(model: folder.Model, path: Path) -> pipeline.Pruned:
-    """Cuts by a plan from a file."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"plan {path}: not JSON ({e}); give a plan or a jaxprune.json") from None
-    plan = Plan.from_dict(content["plan"] if isinstance(content, dict) and "plan" in content else content)
-    small, cfg = surgery.cut(model.params, model.cfg, plan)
-    return pipeline.Pruned(small, cfg, plan, (), ())
 
 
 def probe_tokens(tokens: Any, cfg: models.LlamaConfig) -> Any:

@@ -9,7 +9,7 @@ import jax
 
 from jaxprune import _progress, data, folder, recovery
 from jaxprune._files import atomic_folder
-from jaxprune.commands._common import ModelName, Output, peak_memory, say, stage
+from jaxprune.commands._common import ModelName, Output, check_tokens, peak_memory, say, stage
 from jaxprune.models import axes
 
 
@@ -96,12 +96,18 @@ def _train(args: Recover, model: folder.Model, adapter: Any, training: data.Trai
     _, tx = recovery.schedule_and_optimizer(args.learning_rate, args.steps, warmup=warmup)
     settings = {name: getattr(args, name) for name in ("rank", "alpha", "batch_size", "length", "learning_rate", "seed")}
     settings |= dict(warmup=warmup, data=training.sha256, kind=training.kind, model=[list(dims) for dims in model.cfg.layers])
+
+    def batch(step: int) -> dict[str, Any]:
+        out = training.batch(step)
+        check_tokens(out["tokens"], model.cfg, training.source)
+        return out
+
     with _progress.meter("training", args.steps, "step") as advance:
         return recovery.fit(
             recovery.lm_loss(model.cfg, alpha=args.alpha),
             model.params,
             adapter,
-            training.batch,
+            batch,
             tx,
             steps=args.steps,
             accumulate=args.accumulate,

@@ -2,21 +2,19 @@
 
 import dataclasses
 import functools
-import json
 import shlex
-import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
-from jaxprune import folder, report
-from jaxprune._json import plain, write_json
+from jaxprune import data, folder, report
+from jaxprune._decode import check_file
 from jaxprune.commands import evaluate, prune, recover, verify
-from jaxprune.commands._common import ModelName, Output, say
+from jaxprune.commands._common import ModelName, Output
+from jaxprune.commands._stages import once, opened
 from jaxprune.commands.generate import continuation
 from jaxprune.models import checkpoint
 from jaxprune.plan import Plan
@@ -108,61 +106,44 @@ class Run:
 
 def run(args: Run) -> dict[str, Any]:
     """Runs the stages that are not complete, then writes the report."""
-    args.prune_flags().settings()  # refuses bad flags before anything is done
-    _open(args)
-    done: dict[str, Any] = {"prune": _once(args.out / "prune.json", "pruning", lambda: prune.run(args.prune_flags()))}
+    _check(args)
+    settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")}
+    with opened(args.out, settings, overwrite=args.overwrite):
+        return _stages(args)
+
+
+def _check(args: Run) -> None:
+    """Refuses flags and files that a later stage would stumble over, before anything is done."""
+    args.prune_flags().settings()
+    evaluate.inputs(args.evaluate_flags(args.model))
+    if args.recovery.data.endswith((".json", ".jsonl")):
+        check_file(args.recovery.data)
+    elif args.recovery.data != "none":
+        data.read_text(args.recovery.data)
+
+
+def _stages(args: Run) -> dict[str, Any]:
+    done: dict[str, Any] = {"prune": once(args.out / "prune.json", "pruning", lambda: prune.run(args.prune_flags()))}
     stages = {"dense": args.model, "pruned": str(args.out / "pruned")}
     if args.recovery.data != "none":
-        done["recover"] = _once(args.out / "recover.json", "recovery", lambda: recover.run(args.recover_flags()))
+        done["recover"] = once(args.out / "recover.json", "recovery", lambda: recover.run(args.recover_flags()))
         stages["recovered"] = str(args.out / "recovered")
     last = stages[next(reversed(stages))]
-    done["verify"] = _once(
+    done["verify"] = once(
         args.out / "verify.json", "verification", lambda: verify.run(verify.Verify(dense=args.model, pruned=last))
     )
     metrics, samples = {}, {}
     for name, model in stages.items():
         measure = functools.partial(evaluate.run, args.evaluate_flags(model))
-        metrics[name] = _once(args.out / f"evaluate-{name}.json", f"evaluation, {name}", measure)
+        metrics[name] = once(args.out / f"evaluate-{name}.json", f"evaluation, {name}", measure)
         write = functools.partial(_sample, args, model)
-        samples[name] = _once(args.out / f"sample-{name}.json", f"sample, {name}", write)["text"]
+        samples[name] = once(args.out / f"sample-{name}.json", f"sample, {name}", write)["text"]
     page = _report(args, done, metrics, samples)
     return _rows(metrics) | {"exact": done["verify"]["exact"], "report": str(page)}
 
 
 def _sample(args: Run, model: str) -> dict[str, Any]:
     return {"text": continuation(folder.load(model, args.dtype), args.evaluation.prompt, 48)}
-
-
-def _open(args: Run) -> None:
-    """Makes the folder, or checks that it holds this very run."""
-    settings = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")})
-    path = args.out / "run.json"
-    if args.out.is_dir() and any(args.out.iterdir()):
-        if not path.is_file():
-            raise FileExistsError(f"{args.out}: not empty and not a run of jaxprune; name another folder")
-        before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [k for k in settings if before.get(k) != settings[k]]
-        if not changed:
-            say(f"{args.out}: going on with the run that is there")
-            return
-        if not args.overwrite:
-            raise FileExistsError(
-                f"{args.out}: holds a run with other settings ({', '.join(changed)}); name another folder, or begin anew with "
-                "--overwrite"
-            )
-        shutil.rmtree(args.out)
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(path, settings)
-
-
-def _once(path: Path, what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    if path.is_file():
-        say(f"{what}: done before")
-        return json.loads(path.read_text(encoding="utf-8"))
-    say(f"== {what}")
-    result = make()
-    write_json(path, result)
-    return plain(result)
 
 
 def _rows(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:

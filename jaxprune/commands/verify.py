@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import tyro
 
 from jaxprune import data, folder, proof
-from jaxprune.commands._common import ModelName, Output, say, stage
+from jaxprune.commands._common import ModelName, Output, check_tokens, say, stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,8 +40,9 @@ def run(args: Verify) -> dict[str, Any]:
                 f"{args.pruned}: no {folder.RECORD}, so there is no plan to verify; give a folder that jaxprune wrote"
             )
         dense = folder.load(args.dense, str(small.params["embed"].dtype))
-    plan = folder.plan_from(small.record, dense.cfg)
+    plan = folder.plan_from(small.record, dense.cfg, small.cfg)
     tokens = data.token_blocks(args.text, dense.tokenizer, samples=args.samples, length=args.length, seed=0).tokens
+    check_tokens(tokens, dense.cfg, args.text)
     with stage("comparing", seconds):
         report = proof.verify(dense.params, dense.cfg, small.params, small.cfg, plan, tokens, folder.updates_of(small.record))
     for name in report.undeclared:

@@ -1,0 +1,93 @@
+"""A tiny random model as a folder, and the command line as a function."""
+
+import signal
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+
+class Done(NamedTuple):
+    """How a command ended: its exit status, and what it wrote to stdout and to stderr."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="package", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Commands compile the same small programs over and over; here each is compiled once."""
+    import jax
+
+    settings = dict(
+        jax_compilation_cache_dir=str(tmp_path_factory.mktemp("compiled")),
+        jax_persistent_cache_min_compile_time_secs=0.3,
+        jax_persistent_cache_min_entry_size_bytes=0,
+    )
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory) -> Path:
+    """The folder of a random model with two layers whose tokens are bytes; tests copy it before they damage it."""
+    import jax
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    from jaxprune import models
+
+    letters = {c: i for i, c in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), "</s>"])}
+    core = Tokenizer(BPE(letters, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
+    layers = (models.LayerDims(2, 2, 48),) * 2
+    cfg = models.LlamaConfig(vocab=len(letters), d=32, head_dim=8, layers=layers, eos_ids=(tokenizer.eos_token_id,))
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    models.save(folder, models.init(jax.random.key(0), cfg), cfg, tokenizer)
+    return folder
+
+
+@pytest.fixture
+def jaxprune(capfd):
+    """Runs a command in this process: `jaxprune("prune", folder, "--ratio", 0.5)`."""
+
+    def run(*words: object) -> Done:
+        from jaxprune import cli
+
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(word) for word in words])
+        return Done(stopped.value.code, *capfd.readouterr())
+
+    handler = signal.getsignal(signal.SIGINT)  # which a command that Ctrl-C ended no longer listens to
+    yield run
+    signal.signal(signal.SIGINT, handler)
+
+
+@pytest.fixture
+def refused(jaxprune, tmp_path):
+    """Runs a command that has to end with one line of error and leave every file as it was; returns that line."""
+
+    def run(*words: object) -> str:
+        before = _files(tmp_path)
+        done = jaxprune(*words)
+        *progress, last = done.err.splitlines()
+        assert done.status == 2 and done.out == "", done
+        assert last.startswith("jaxprune: error: "), done.err
+        assert all(line.endswith(" ...") or ", step " in line or "data: " in line for line in progress), done.err
+        assert _files(tmp_path) == before
+        return last
+
+    return run
+
+
+def _files(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
