@@ -13,7 +13,15 @@ Element-wise first-order Taylor scores (param_first) on 10 x 128 tokens, float32
 `compile` is tracing and compiling, once in a process. `processor` is the time of all cores, which other programs disturb less.
 `products` are the matrix products of a program, attention scores left out: its ratio to the floor if nothing else took time.
 
-RESULTS
+2026-11-22, 2 cores that other programs used as well (load 6), `--repeats 2`:
+
+    program          compile, s  run, s  / floor  / gradient  processor, s  / floor   products / floor
+    ---------------  ----------  ------  -------  ----------  ------------  --------  ----------------
+    forward          1.832       4.699   0.453    0.309       2.500         0.406     0.333
+    floor            7.047       10.372  1.000    0.682       6.152         1.000     1.000
+    taps             8.328       12.750  1.229    0.838       7.842         1.275     1.263
+    gradient, remat  12.823      12.319  1.188    0.810       7.731         1.257     1.333
+    gradient         17.534      15.213  1.467    1.000       8.359         1.359     1.070
 """
 
 import dataclasses
