@@ -105,7 +105,9 @@ def test_scores_are_float32_whatever_the_weights_are(name):
 @pytest.mark.parametrize("name", [n for n in SCORERS if n != "random"])
 def test_permuting_units_permutes_scores(name):
     """Law 4."""
-    order = ({"k": [1, 0], "f": np.random.default_rng(0).permutation(48)},) * 2 + ({"f": np.random.default_rng(1).permutation(40)},)
+    order = ({"k": [1, 0], "f": np.random.default_rng(0).permutation(48)},) * 2 + (
+        {"f": np.random.default_rng(1).permutation(40)},
+    )
     permuted = dict(PARAMS)
     for run_name, keep in (("run_0", order[0]), ("run_1", order[2])):
         arrays = PARAMS[run_name].items()
