@@ -1,14 +1,13 @@
 """GGUF files of the architectures llama and qwen2, in any quantisation that the package `gguf` can undo."""
 
 import dataclasses
-import math
+import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.models._gguf_header import Header, TensorInfo, read_header
 from jaxprune.models._gguf_rope import scaling
 from jaxprune.models._layout import Rows, Source
 from jaxprune.models.config import LayerDims, LlamaConfig
@@ -26,17 +25,39 @@ FREQUENCIES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_sh
 PART = 1 << 22  # numbers that are dequantised at a time
 
 
+class Header(NamedTuple):
+    """Metadata by key, and tensors, each a `gguf.ReaderTensor` mapped from the file, by name."""
+
+    metadata: dict[str, Any]
+    tensors: dict[str, Any]
+
+
 def open_header(path: Path) -> Header:
     """The header of a GGUF file.
 
     Raises:
       ValueError: it is damaged, or its architecture is not supported.
     """
-    header = read_header(path)
+    file = path.stat()
+    header = _read_header(path, file.st_mtime_ns, file.st_size)
     architecture = header.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(f"{path}: architecture {architecture!r} is not supported; supported are {', '.join(ARCHITECTURES)}")
     return header
+
+
+@functools.lru_cache(maxsize=1)  # it takes seconds; the model and the tokenizer are both loaded from it
+def _read_header(path: Path, modified: int, size: int) -> Header:
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        if reader.byte_order == "S":
+            raise ValueError("it is big-endian")
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+    except (ValueError, LookupError) as e:  # how the reader meets bytes that are no header, or end too early
+        raise ValueError(f"{path}: not a complete GGUF file ({e}); copy or download it again") from None
+    return Header(metadata, {tensor.name: tensor for tensor in reader.tensors})
 
 
 def open_file(path: Path) -> Source:
@@ -53,28 +74,25 @@ def open_file(path: Path) -> Source:
     permuted = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias") if cfg.family == "llama" else ()
 
     def read(name: str) -> Iterator[tuple[Rows, np.ndarray]]:
-        shape, kind, offset, nbytes = tensors[name]
-        rows = shape[0] if len(shape) > 1 else 1
-        width = nbytes // rows
-        step = max(1, PART // max(1, math.prod(shape) // rows))
-        order = _unpermuted(shape[0], cfg.head_dim) if name.endswith(permuted) else None
+        tensor, kind = tensors[name], tensors[name].tensor_type
+        # Mapped anew, tensor by tensor: what is read through the map of the whole file would count as memory until the end.
+        data = np.memmap(path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
+        rows = len(data)
+        step = max(1, PART // max(1, tensor.n_elements // rows)) if data.ndim > 1 else rows
+        order = _unpermuted(_shape(tensor)[0], cfg.head_dim) if name.endswith(permuted) else None
         for start in range(0, rows, step):
-            n = min(step, rows - start)
-            raw = np.fromfile(path, np.uint8, n * width, offset=offset + start * width)
+            part = slice(start, start + step)
             try:
-                values = quants.dequantize(raw.reshape(n, width), kind)
+                values = quants.dequantize(data[part], kind)
             except NotImplementedError:
                 raise ValueError(f"{path}: tensor {name} has type {kind.name}, which cannot be dequantised") from None
-            if len(shape) == 1:
-                yield slice(None) if order is None else order, values.reshape(-1)
-            else:
-                yield slice(start, start + n) if order is None else order[start : start + n], values
+            yield part if order is None else order[part], values
 
     return Source(
         where=str(path),
         cfg=cfg,
         dtype=np.dtype(np.float32),
-        shapes={name: info.shape for name, info in tensors.items()},
+        shapes={name: _shape(tensor) for name, tensor in tensors.items()},
         name=lambda name, layer: TOP[name] if layer is None else f"blk.{layer}.{LAYER[name]}",
         read=read,
         spare=lambda name: name in FREQUENCIES,
@@ -121,7 +139,7 @@ def _config(path: Path, header: Header) -> LlamaConfig:
     names = {name.split(".", 2)[-1] for name in tensors if name.startswith("blk.")}
     eos = metadata.get("tokenizer.ggml.eos_token_id")
     cfg = LlamaConfig(
-        vocab=tensors["token_embd.weight"].shape[0],
+        vocab=_shape(tensors["token_embd.weight"])[0],
         d=d,
         head_dim=head_dim,
         layers=tuple(layers),
@@ -143,7 +161,11 @@ def _decimal(x: float) -> float:
     return float(str(np.float32(x)))  # 1e-05, not 9.999999747378752e-06
 
 
-def _vector(path: Path, name: str, info: TensorInfo) -> np.ndarray:
-    if info.kind.name != "F32":
-        raise ValueError(f"{path}: tensor {name} has type {info.kind.name}; supported is F32")
-    return np.fromfile(path, np.float32, info.nbytes // 4, offset=info.offset)
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(reversed(tensor.shape.tolist()))  # GGUF counts from the innermost axis
+
+
+def _vector(path: Path, name: str, tensor: Any) -> np.ndarray:
+    if tensor.tensor_type.name != "F32":
+        raise ValueError(f"{path}: tensor {name} has type {tensor.tensor_type.name}; supported is F32")
+    return np.array(tensor.data)

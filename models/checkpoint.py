@@ -91,6 +91,7 @@ def read_config(source: str | Path) -> LlamaConfig:
 def save(folder: str | Path, params: Params, cfg: LlamaConfig, tokenizer: Any = None) -> None:
     """Writes `config.json` (see `to_hf_config`), `model.safetensors` and the tokenizer's files into `folder`.
 
+    Tensors of more than 1 GiB together are written as shards and their index. Memory holds copies of one shard at a time.
     Each tensor keeps its dtype, and `load` returns the same bits. Not atomic: a caller that needs it writes beside and renames.
 
     Args:

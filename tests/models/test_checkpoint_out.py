@@ -141,6 +141,20 @@ def test_safetensors_reads_what_we_write(tmp_path):
     np.testing.assert_array_equal(tensors["model.layers.1.self_attn.q_proj.weight"], q.reshape(32, 32).T)
 
 
+@pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o770, 0o660), (0o700, 0o600)])
+def test_weights_are_as_readable_as_their_folder(tmp_path, folder, file):
+    tmp_path.chmod(folder)
+    models.save(tmp_path, random(config()), config())
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == file
+
+
+def test_weights_that_cannot_be_written(tmp_path):
+    (tmp_path / "model.safetensors" / "in_the_way").mkdir(parents=True)
+    with pytest.raises(OSError, match="model.safetensors: cannot be written") as e:
+        models.save(tmp_path, random(config()), config())
+    assert "\n" not in str(e.value)
+
+
 def test_params_of_another_model_are_refused_before_anything_is_written(tmp_path):
     folder = tmp_path / "out"
     with pytest.raises(ValueError, match=r"run_0.*attn_norm.*\(3, 32\) given.*\(2, 32\)"):

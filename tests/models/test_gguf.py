@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxprune import models
+from jaxprune.models import checkpoint
 
 QUANTISED = ("Q8_0", "Q4_0", "Q5_1", "BF16")
 LAYER = {
@@ -198,19 +199,19 @@ def test_truncated(oracle, tmp_path, keep):
     refused(path, "not a complete GGUF file")
 
 
-def test_the_header_is_what_gguf_reads(oracle, tmp_path):
+def test_the_header_is_read_once_until_the_file_changes(oracle, tmp_path, monkeypatch):
     import gguf
 
-    from jaxprune.models._gguf_header import read_header
-
-    scalars = [("a.text", "é"), ("a.number", 7), ("a.fraction", 0.5)]
-    path = write(tmp_path / "m.gguf", oracle("llama", hidden_size=64, intermediate_size=96), "Q8_0", metadata=scalars)
-    header, theirs = read_header(path), gguf.GGUFReader(path)
-    assert header.metadata == {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
-    for t in theirs.tensors:
-        shape = tuple(int(n) for n in reversed(t.shape))
-        assert header.tensors[t.name] == (shape, t.tensor_type, int(t.data_offset), int(t.n_bytes))
-    assert len(header.tensors) == len(theirs.tensors)
+    opened = []
+    reader = gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda path: opened.append(path) or reader(path))
+    path = write(tmp_path / "m.gguf", oracle("llama"))
+    params, cfg = models.load(path)
+    assert checkpoint.read_config(path) == cfg
+    assert opened == [path]
+    write(path, oracle("llama", num_hidden_layers=1))
+    assert len(checkpoint.read_config(path).layers) == 1 < len(cfg.layers)
+    assert opened == [path, path]
 
 
 def test_not_gguf(tmp_path):
@@ -244,6 +245,7 @@ def test_loading_holds_the_model_once(smollm2, tmp_path):
     script = """
 import resource, sys, jax
 from jaxprune import models
+from jaxprune.models import checkpoint
 import gguf, ml_dtypes, safetensors
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 jax.block_until_ready(jax.numpy.zeros(1))
