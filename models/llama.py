@@ -226,7 +226,7 @@ def init(key: jax.Array, cfg: LlamaConfig, dtype: Any = jnp.float32) -> Params:
     """Random parameters: norms one, biases zero, matrices normal with standard deviation 0.02."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes(cfg, dtype))
     ends = np.cumsum([leaf.size for _, leaf in leaves])
-    flat = np.asarray(0.02 * jax.random.normal(key, (int(ends[-1]),)))  # one draw: XLA compiles random bits slowly, once a shape
+    flat = np.asarray(0.02 * jax.random.normal(key, (int(ends[-1]),)))  # one draw: XLA compiles random bits slowly
 
     def one(path, leaf, end):
         name = path[-1].key

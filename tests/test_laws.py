@@ -85,20 +85,19 @@ def test_batches_and_order_do_not_matter(name):
 
 
 @with_data
-@pytest.mark.parametrize("microbatch", [1, 4])
-def test_microbatches_do_not_matter(name, microbatch):
+def test_microbatches_do_not_matter(name):
     """Law 2."""
-    close(run(name, microbatch=microbatch), reference(name))
+    close(run(name, microbatch=2), reference(name))
 
 
 @every
 def test_scores_are_float32_whatever_the_weights_are(name):
     """Law 3."""
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
-    for params in (PARAMS, low):
-        chex.assert_trees_all_equal_shapes_and_dtypes(run(name, params=params), PROBES["gates"])
+    for scores in (reference(name), run(name, params=low)):
+        chex.assert_trees_all_equal_shapes_and_dtypes(scores, PROBES["gates"])
     scorer = SCORERS[name]()
-    state = scorer.update(scorer.init(PROBES), low, PROBES, TOKENS)
+    state = jax.eval_shape(scorer.update, scorer.init(PROBES), low, PROBES, TOKENS)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state))
 
 
@@ -152,15 +151,13 @@ def test_two_cuts_are_one(name):
 
 
 class ParallelTest(chex.TestCase):
-    """Law 11, jit: chex runs each scorer's update with and without jit, on one device and under pmap."""
+    """Law 11: chex runs an update with jit, without, and under pmap with one device."""
 
     @chex.variants(with_jit=True, without_jit=True, with_pmap=True)
     def test_variants_agree(self):
-        for name in ("taylor-param_first", "taylor-param_second", "fisher"):
-            scorer = SCORERS[name]()
-            update = self.variant(lambda state, tokens, scorer=scorer: scorer.update(state, PARAMS, PROBES, tokens))
-            got = update(scorer.init(PROBES), TOKENS)
-            close(scorer.finalize(jax.tree.map(jnp.asarray, got)), reference(name))
+        scorer = SCORERS["gate-taylor"]()
+        update = self.variant(lambda state, tokens: scorer.update(state, PARAMS, PROBES, tokens))
+        close(scorer.finalize(jax.tree.map(jnp.asarray, update(scorer.init(PROBES), TOKENS))), reference("gate-taylor"))
 
 
 @every
@@ -175,21 +172,16 @@ def test_pmap_over_eight_devices(name):
 
 @every
 def test_mesh_of_eight_devices(name):
-    """Law 11, jit on a mesh: sequences are spread over devices, the compiler does the rest."""
+    """Law 11, jit on a mesh: sequences are spread over devices, the compiler does the rest.
+
+    Plans agree but for units whose scores lie within the tolerance of the cut.
+    """
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     tokens = jax.device_put(TOKENS, NamedSharding(mesh, PartitionSpec("data")))
     params = jax.device_put(PARAMS, NamedSharding(mesh, PartitionSpec()))
-    scorer = SCORERS[name]()
-    close(scorers.score(scorer, params, PROBES, [tokens]), reference(name))
-
-
-@with_data
-def test_plans_agree_on_a_mesh_but_for_ties(name):
-    """Law 11: a unit may change sides only if its score lies within the tolerance of the cut."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spread = run(name, [jax.device_put(TOKENS, NamedSharding(mesh, PartitionSpec("data")))])
+    spread, alone = run(name, [tokens], params), reference(name)
+    close(spread, alone)
     widths = tuple({"f": 20} for _ in CFG.layers)
-    alone = reference(name)
     a, b = plan.select(alone, widths), plan.select(spread, widths)
     for i, layer in enumerate(alone):
         moved = np.setxor1d(a.keep[i]["f"], b.keep[i]["f"])

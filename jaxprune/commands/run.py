@@ -15,7 +15,7 @@ from jaxprune._decode import check_file
 from jaxprune.commands import evaluate, prune, recover, verify
 from jaxprune.commands._common import ModelName, Output
 from jaxprune.commands._stages import once, opened
-from jaxprune.commands.generate import continuation
+from jaxprune.commands.generate import check_prompt, continuation
 from jaxprune.models import checkpoint
 from jaxprune.plan import Plan
 
@@ -26,13 +26,13 @@ class Recovery:
 
     data: Annotated[str, tyro.conf.arg(metavar="SRC")] = "builtin"
     """Instructions (.json, .jsonl) or any text source; `none` leaves recovery out."""
-    recovery_steps: Annotated[int, tyro.conf.arg(metavar="N")] = 60
+    recovery_steps: Annotated[int, tyro.conf.arg(metavar="N")] = 40
     """Updates."""
-    batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 8
+    batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 4
     """Sequences in an update."""
     recovery_length: Annotated[int, tyro.conf.arg(metavar="T")] = 128
     """Tokens in a sequence."""
-    learning_rate: Annotated[float, tyro.conf.arg(metavar="R")] = 2e-4
+    learning_rate: Annotated[float, tyro.conf.arg(metavar="R")] = 5e-4
     """Highest learning rate."""
 
 
@@ -115,6 +115,7 @@ def run(args: Run) -> dict[str, Any]:
 def _check(args: Run) -> None:
     """Refuses flags and files that a later stage would stumble over, before anything is done."""
     args.prune_flags().settings()
+    check_prompt(args.evaluation.prompt)
     evaluate.inputs(args.evaluate_flags(args.model))
     if args.recovery.data.endswith((".json", ".jsonl")):
         check_file(args.recovery.data)

@@ -74,9 +74,8 @@ def main() -> None:
             updates=[],
         )
         folder.save(out, folder.Model(small, cfg, model.tokenizer, str(args.out), record))
-    print(
-        f"{models.count_parameters(model.cfg):,} parameters before, {models.count_parameters(cfg):,} after, exact: {report.exact}"
-    )
+    before, after = models.count_parameters(model.cfg), models.count_parameters(cfg)
+    print(f"{before:,} parameters before, {after:,} after, exact: {report.exact}")
 
 
 if __name__ == "__main__":
