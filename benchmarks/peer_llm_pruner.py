@@ -8,18 +8,22 @@ of its own, in turn. The torch side (`_llm_pruner.py`) is the algorithm alone, o
 threads as torch takes by itself.
 
 `score and cut` is the time from a loaded model and tokens to the smaller model, median; imports and loading are left out,
-compilation is not. `processor` is the time of all cores behind it, which other programs disturb less. `process` is the largest
-resident size of the whole process, loading included. `agreement` is the overlap of the channels that the two keep:
+compilation is not. `processor` is the time of all cores behind it. `process` is the largest resident size of the whole process,
+loading included. `agreement` is the overlap of the channels that the two keep:
 intersection over union, layer by layer, and the same of the channels that they remove.
 
-2026-11-22, 2 cores that other programs used as well (load 5 to 8), `--repeats 1`:
+On a machine with other load compare on one core (`taskset -c 1 python ...`): under load torch's two threads took 31 to 36 s of
+processor time for what one does in 15, presumably waiting for each other in busy loops.
+2026-11-22, so pinned, `--repeats 1`, other programs running (load 5):
 
     side      score and cut, s  / torch  processor, s  process, MiB  process / torch
     --------  ----------------  -------  ------------  ------------  ---------------
-    torch     78.850            1.000    31.472                3592  1.000
-    jaxprune  49.231            0.624    19.729                1680  0.468
+    torch     20.863            1.000    14.436                3579  1.000
+    jaxprune  23.839            1.143    16.725                1712  0.478
     agreement of kept channels, per layer: lowest 0.9980, mean 0.9999
     agreement of removed channels, per layer: lowest 0.9961, mean 0.9998
+
+Not pinned, under a load of 6 to 8 on the 2 cores, four runs gave ratios of 0.38 to 0.69; they do not say who is faster.
 """
 
 import dataclasses
