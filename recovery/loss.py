@@ -27,6 +27,9 @@ def lm_loss(cfg: models.LlamaConfig, *, alpha: float | int, remat: bool = True, 
       remat: recompute each layer in the backward pass.
       chunk: tokens whose logits are in memory at a time.
 
+    Raises:
+      ValueError: alpha is not positive.
+
     >>> import jax
     >>> from jaxprune import models
     >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),))
@@ -36,6 +39,8 @@ def lm_loss(cfg: models.LlamaConfig, *, alpha: float | int, remat: bool = True, 
     >>> bool(abs(mean - jax.numpy.log(64)) < 0.1), float(weight)
     (True, 6.0)
     """
+    if not alpha > 0:
+        raise ValueError(f"alpha: {alpha} given; it must be positive (LLM-Pruner uses 16)")
 
     def loss(adapter: lora.Adapter, params: models.Params, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tokens, weights = batch["tokens"], batch["weights"][:, 1:].astype(jnp.float32)

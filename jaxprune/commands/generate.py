@@ -60,6 +60,7 @@ def continuations(model: folder.Model, prompt: str, max_new_tokens: int, tempera
     Raises:
       ValueError: the prompt has no tokens, or an argument is out of range.
     """
+    check_prompt(prompt)
     ids = model.tokenizer(prompt)["input_ids"]
     if not ids:
         raise ValueError("prompt: it has no tokens; give at least one word")
@@ -71,6 +72,14 @@ def continuations(model: folder.Model, prompt: str, max_new_tokens: int, tempera
     for token in stream:
         tokens.append(int(token[0]))
         yield model.tokenizer.decode(tokens, skip_special_tokens=True), tokens
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises ValueError if the command line held bytes that are not UTF-8, which Python hands on as lone surrogates."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt: not UTF-8 at character {error.start}; convert it to UTF-8") from None
 
 
 def continuation(model: folder.Model, prompt: str, max_new_tokens: int) -> str:

@@ -1,7 +1,9 @@
 """`jaxprune recover`: LoRA training of a pruned model, merged at the end."""
 
+import contextlib
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,7 +72,7 @@ def run(args: Recover) -> dict[str, Any]:
             )
         say(f"{training.kind} data: {training.examples} examples, {training.dropped} dropped")
         adapter = recovery.lora.init(jax.random.key(args.seed), model.params, model.cfg, rank=args.rank)
-        with stage("training", seconds):
+        with stage("training", seconds), _checkpoints(checkpoints):
             adapter, losses = _train(args, model, adapter, training, checkpoints)
         with stage("merging and saving", seconds):
             merged = recovery.lora.merge(model.params, adapter, alpha=args.alpha, donate=True)
@@ -89,6 +91,16 @@ def run(args: Recover) -> dict[str, Any]:
         "losses": [{"step": i, "loss": float(x)} for i, x in enumerate(losses)],
         "seconds": seconds,
     }
+
+
+@contextlib.contextmanager
+def _checkpoints(folder: Path) -> Iterator[None]:
+    """If training stops before there is a whole checkpoint to go on from, nothing is left of the folder."""
+    try:
+        yield
+    finally:
+        if not any(path.name.isdecimal() for path in folder.glob("*")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _train(args: Recover, model: folder.Model, adapter: Any, training: data.TrainingData, checkpoints: Path):

@@ -1,5 +1,7 @@
 """A tiny random model as a folder, and the command line as a function."""
 
+import re
+import shutil
 import signal
 from pathlib import Path
 from typing import NamedTuple
@@ -82,11 +84,24 @@ def refused(jaxprune, tmp_path):
         *progress, last = done.err.splitlines()
         assert done.status == 2 and done.out == "", done
         assert last.startswith("jaxprune: error: "), done.err
-        assert all(line.endswith(" ...") or ", step " in line or "data: " in line for line in progress), done.err
+        assert all(re.search(r" \.\.\.$|^== |, step \d|^text data: ", line) for line in progress), done.err
         assert _files(tmp_path) == before
         return last
 
     return run
+
+
+@pytest.fixture
+def model(dense, tmp_path):
+    """A copy of the model to damage."""
+    return shutil.copytree(dense, tmp_path / "model")
+
+
+@pytest.fixture
+def small(jaxprune, model, tmp_path):
+    """The folder of a pruned model."""
+    assert jaxprune("prune", model, "--out", tmp_path / "small", "--method", "magnitude", "--ratio", 0.2).status == 0
+    return tmp_path / "small"
 
 
 def _files(folder: Path) -> dict[str, bytes | None]:

@@ -1,0 +1,124 @@
+"""Flags and files that cannot be used: one line says what was given and what is allowed, and no file is left behind."""
+
+import re
+
+import pytest
+
+
+@pytest.fixture
+def prune(refused, model, tmp_path):
+    """The refusal of `prune` with these flags."""
+    return lambda *flags: refused("prune", model, "--out", tmp_path / "out", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--ratio", 0), "ratio: 0.0 given; allowed is between 0 and 1"),
+        (("--ratio", 1), "ratio: 1.0 given"),
+        (("--ratio", 1.5), "ratio: 1.5 given"),
+        (("--ratio", -0.1), "ratio: -0.1 given"),
+        (("--ratio", "nan"), "ratio: nan given"),
+        (("--ratio", 0.99, "--method", "random"), "at most 70.0% can go; lower --ratio"),
+        (("--ratio", 0.99, "--method", "random", "--units", "layers"), "which is every layer; lower --ratio"),
+        (("--method", "tailor"), "method: 'tailor' given; allowed are taylor, "),
+        (("--layers", "3"), "layers: '3' given; give A:B"),
+        (("--layers", "1:1", "--method", "random"), "layers: 1:1 given; this model has layers 0:2"),
+        (("--layers", "0:3", "--method", "random"), "layers: 0:3 given; this model has layers 0:2"),
+        (("--protect-first", 2, "--method", "random"), "this model has layers 0:2"),
+        (("--protect-last", -1), "protect: 0 first and -1 last layers given"),
+        (("--units", "heads"), "units: 'heads' given; allowed are kv, mlp, layers, hidden"),
+        (("--units", "kv,layers"), "layers and hidden stand alone"),
+        (("--units", "hidden", "--method", "fisher"), "fisher cannot score hidden"),
+        (("--steps", 0), "steps: 0 given"),
+        (("--multiple-of", 0), "multiple_of: 0 given"),
+        (("--max-distinct", 0), "max_distinct: 0 given"),
+        (("--samples", 0), "samples 0, length 128"),
+        (("--length", 0), "samples 10, length 0"),
+        (("--calibration", "nowhere.txt"), "nowhere.txt: no such file"),
+        (("--calibration-sha256", "0" * 64), f"builtin: SHA-256 .* given, {'0' * 64} recorded"),
+        (("--calibration-sha256", "0" * 64, "--method", "random"), "random reads no text"),
+        (("--plan", "nowhere.json"), "nowhere.json: no such file; give a plan"),
+        (("--json", "nowhere/result.json"), "json: nowhere/result.json given"),
+    ],
+)
+def test_flags_of_prune(prune, flags, message):
+    assert re.search(message if ".*" in message else re.escape(message), prune(*flags))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"too short", "the text has 9 tokens; 10 x 128 = 1280 were asked for"),
+        (b"\xff\xfe no text", "not UTF-8 at byte 0"),
+        (b"", "there is no text in it"),
+    ],
+)
+def test_calibration_text(prune, tmp_path, content, message):
+    (tmp_path / "text.txt").write_bytes(content)
+    assert message in prune("--calibration", tmp_path / "text.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "not valid JSON"),
+        ("[]", "a JSON list given"),
+        ("{}", "not a version 1 plan"),
+        ('{"version": 1, "sizes": [{"f": 48}], "keep": []}', "0 layers in `keep` and 1 in `sizes`"),
+        (
+            '{"version": 1, "sizes": [{"f": 48}, {"f": 48}], "keep": [{"f": [1, 1]}, {}]}',
+            "layer 0: axis f: a unit is listed",
+        ),
+        ('{"version": 1, "sizes": [{"f": 48}, {"f": 48}], "keep": [{"f": [48]}, {}]}', "layer 0: axis f: unit 48 given"),
+        ('{"version": 1, "sizes": [{"f": 48}, {"f": 40}], "keep": [{}, {}]}', "made for another model: layer 1 has {'f': 40}"),
+        ('{"version": 1, "sizes": [{"f": 48}], "keep": [{}]}', "made for 1 layers, the model has 2"),
+        (
+            '{"version": 1, "sizes": [{"k": 2, "f": 48}, {"k": 2, "f": 48}], "keep": [{"k": [], "f": []}, {"k": [], "f": []}]}',
+            "it removes every layer",
+        ),
+    ],
+)
+def test_plans(prune, tmp_path, content, message):
+    (tmp_path / "plan.json").write_text(content)
+    assert message in prune("--plan", tmp_path / "plan.json")
+
+
+def test_output_folders(refused, model, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    for command in ("run", "prune", "recover"):
+        flags = ("--data", "builtin") if command == "recover" else ()
+        assert f"{out}: " in (line := refused(command, model, "--out", out, *flags)) and "not empty" in line
+    assert "is a file" in refused("prune", model, "--out", out / "mine.txt")
+    assert "is a file" in refused("run", model, "--out", out / "mine.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"query": "a"}', "line 1: choices, gold missing"),
+        ('{"query": "a", "choices": ["b", "c"], "gold": 2}', "line 1: gold is 2; an index from 0 to 1"),
+        ("no", "line 1: not JSON"),
+    ],
+)
+@pytest.mark.parametrize("command", ["evaluate", "run"])
+def test_choices(refused, model, tmp_path, command, content, message):
+    (tmp_path / "choice.jsonl").write_text(content)
+    out = ("--out", tmp_path / "out") if command == "run" else ()
+    assert message in refused(command, model, *out, "--choice", tmp_path / "choice.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--text", "nowhere.txt"), "nowhere.txt: no such file"),
+        (("--window", 1), "window: (1,) given"),
+        (("--window", 64, "--max-tokens", 32), "max_tokens: 32 given, window 64 asked"),
+        (("--choice", "nowhere.jsonl"), "nowhere.jsonl"),
+    ],
+)
+def test_flags_of_evaluate(refused, model, tmp_path, flags, message):
+    assert message in refused("evaluate", model, *flags)
+    assert message in refused("run", model, "--out", tmp_path / "out", *flags)
