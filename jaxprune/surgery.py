@@ -1,12 +1,14 @@
 """Cuts a plan out of a model. The axes table is the whole dependency graph."""
 
 import dataclasses
+import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.models import LayerDims, LlamaConfig, Params, Probes, axes, probes
+from jaxprune.models import LayerDims, LlamaConfig, Params, PerLayer, Probes, Run, axes, probes
 from jaxprune.plan import Plan
 
 
@@ -63,18 +65,35 @@ def cut(params: Params, cfg: LlamaConfig, plan: Plan) -> tuple[Params, LlamaConf
     ((1, 1, 2, 8, 32), LayerDims(kv_heads=1, q_per_kv=2, ff=40))
     """
     small = pruned_config(cfg, plan)
-    shared = {"d": plan.keep[0]["d"]} if "d" in plan.keep[0] else {}
+    keep = tuple({a: x for a, x in k.items() if len(x) < n[a]} for k, n in zip(plan.keep, plan.sizes, strict=True))
+    return _cut(params, keep, cfg, small), small
+
+
+@functools.partial(jax.jit, static_argnames=("cfg", "small"))
+def _cut(params: Params, keep: PerLayer, cfg: LlamaConfig, small: LlamaConfig) -> Params:
+    """One program for the whole model: a gather for each part of an old run that goes into a new run."""
+    shared = {"d": keep[0]["d"]} if "d" in keep[0] else {}
     out: Params = {name: take(params[name], letters, shared) for name, letters in cfg.top_arrays().items()}
-    where = {run.start + i: (run.name, i) for run in cfg.runs for i in range(run.length)}
     for run in small.runs:
-        arrays: dict[str, list] = {}
-        for layer in range(run.start, run.start + run.length):
-            name, i = where[layer]
+        arrays: dict[str, list[jax.Array]] = {}
+        for name, start, layers in _parts(cfg, run):
+            indices = jax.tree.map(lambda *x: jnp.stack(x), *(keep[i] for i in layers))
             for array, letters in small.layer_arrays(run.dims).items():
-                arrays.setdefault(array, []).append(take(params[name][array][i], letters, plan.keep[layer]))
+                part = params[name][array][start : start + len(layers)]
+                mine = {a: x for a, x in indices.items() if a in letters}
+                gather = functools.partial(take, letters=letters)
+                arrays.setdefault(array, []).append(jax.vmap(lambda x, k, g=gather: g(x, keep=k))(part, mine) if mine else part)
         if arrays:
-            out[run.name] = {array: jnp.stack(slices) for array, slices in arrays.items()}
-    return out, small
+            out[run.name] = {array: jnp.concatenate(parts) for array, parts in arrays.items()}
+    return out
+
+
+def _parts(cfg: LlamaConfig, run: Run) -> Iterator[tuple[str, int, range]]:
+    """The old runs that a new run is made of: name, first position in it, layers."""
+    for old in cfg.runs:
+        layers = range(max(old.start, run.start), min(old.start + old.length, run.start + run.length))
+        if layers:
+            yield old.name, layers.start - old.start, layers
 
 
 def gates_of(plan: Plan, cfg: LlamaConfig) -> Probes:
