@@ -56,6 +56,10 @@ METRICS = dict(
     accuracy_normalised=Metric("accuracy, normalised (%)", 0.01, 1),
     tokens=Metric("tokens", digits=0, setting=True),
     window=Metric("window (tokens)", digits=0, setting=True),
+    context=Metric("context (tokens)", digits=0, setting=True),
+    prompt_tokens=Metric("prompt (tokens)", digits=0, setting=True),
+    new_tokens=Metric("new tokens", digits=0, setting=True),
+    items=Metric("questions", digits=0, setting=True),
 )
 
 
