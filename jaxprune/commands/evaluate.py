@@ -5,12 +5,10 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from jaxprune import _progress, data, folder
 from jaxprune import evaluate as evaluation
 from jaxprune._text import beginnings
-from jaxprune.commands._common import ModelName, Output, stage
+from jaxprune.commands._common import ModelName, Output, flag, stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,18 +21,18 @@ class Evaluate:
     """
 
     model: ModelName
-    text: Annotated[str | None, tyro.conf.arg(metavar="SRC")] = None
+    text: Annotated[str | None, flag("SRC", "no perplexity")] = None
     """A text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin or builtin-heldout."""
-    window: Annotated[tuple[int, ...], tyro.conf.arg(metavar="T [T ...]")] = (1024,)
+    window: Annotated[tuple[int, ...], flag("T [T ...]")] = (1024,)
     """Tokens in a window; several may be given."""
-    max_tokens: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    max_tokens: Annotated[int | None, flag("N", "all")] = None
     """Read at most this many tokens of the text."""
-    choice: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    choice: Annotated[Path | None, flag("FILE", "none")] = None
     """Multiple-choice questions: .jsonl with query, choices and gold."""
-    limit: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    limit: Annotated[int | None, flag("N", "all")] = None
     """Read at most this many questions."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the weights; default: as stored."""
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, flag("{float32,bfloat16}", "as stored")] = None
+    """Type of the weights."""
     output: Output = Output()
 
 

@@ -3,13 +3,13 @@
 import dataclasses
 import sys
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune import folder
-from jaxprune.commands._common import ModelName, Output, stage
+from jaxprune.commands._common import ModelName, Output, flag, stage
 from jaxprune.models import decode
 
 
@@ -21,13 +21,13 @@ class Generate:
     """
 
     model: ModelName
-    prompt: str
+    prompt: Annotated[str, flag("TEXT")]
     """Text to continue."""
-    max_new_tokens: int = 64
+    max_new_tokens: Annotated[int, flag("N")] = 64
     """Stop after this many tokens, or at the end of the text."""
-    temperature: float = 0.0
+    temperature: Annotated[float, flag("T")] = 0.0
     """0 takes the most likely token each time; more is more random."""
-    seed: int = 0
+    seed: Annotated[int, flag("N")] = 0
     """Of the sampling."""
     output: Output = Output()
 

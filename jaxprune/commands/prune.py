@@ -7,27 +7,25 @@ from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
-import tyro
 
 from jaxprune import data, folder, methods, models, pipeline, proof, surgery
 from jaxprune._files import atomic_folder
-from jaxprune.commands._common import ModelName, Output, check_tokens, layer_range, peak_memory, say, stage
+from jaxprune.commands._common import ModelName, Output, check_tokens, flag, layer_range, peak_memory, say, stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Calibration:
     """Text that the scores are computed on."""
 
-    calibration: Annotated[str, tyro.conf.arg(metavar="SRC")] = "builtin"
-    """A text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin (Python's documentation) or self (written by
-    the model)."""
-    samples: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
-    """Sequences; default: the method's own."""
-    length: Annotated[int | None, tyro.conf.arg(metavar="T")] = None
-    """Tokens in a sequence; default: the method's own."""
-    calibration_sha256: Annotated[str | None, tyro.conf.arg(metavar="HEX")] = None
+    calibration: Annotated[str, flag("SRC")] = "builtin"
+    """A text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin (Python's documentation) or self (sampled)."""
+    samples: Annotated[int | None, flag("N", "the method's own")] = None
+    """Sequences."""
+    length: Annotated[int | None, flag("T", "the method's own")] = None
+    """Tokens in a sequence."""
+    calibration_sha256: Annotated[str | None, flag("HEX", "any text will do")] = None
     """Stop unless the calibration text has this SHA-256, as recorded in jaxprune.json."""
-    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    seed: Annotated[int, flag("N")] = 0
     """Of the calibration windows and of random numbers."""
 
 
@@ -37,9 +35,9 @@ class Scoring:
 
     taylor: Literal["param_first", "param_second", "param_mix", "vectorize"] = "param_first"
     """Variant of the Taylor score."""
-    aggregate: Literal["sum", "mean", "max", "prod"] | None = None
-    """How the tensors of a unit are combined; default: the method's own (sum; mean for magnitude)."""
-    steps: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    aggregate: Annotated[Literal["sum", "mean", "max", "prod"] | None, flag("{sum,mean,max,prod}", "the method's own")] = None
+    """How the tensors of a unit are combined."""
+    steps: Annotated[int, flag("N")] = 1
     """Score and cut this many times, towards the ratio in equal steps."""
 
 
@@ -49,18 +47,17 @@ class Shape:
 
     ranking: Literal["local", "global"] = "local"
     """local: the same widths in every layer. global: the lowest scores, wherever they are."""
-    units: Annotated[str | None, tyro.conf.arg(metavar="A,B")] = None
-    """kv,mlp (KV groups and MLP channels, or one of them), layers (whole layers) or hidden (residual channels); default:
-    kv,mlp."""
-    layers: Annotated[str | None, tyro.conf.arg(metavar="A:B")] = None
+    units: Annotated[str | None, flag("A,B", "kv,mlp, or what the method scores")] = None
+    """kv,mlp (KV groups and MLP channels, or one of them), layers (whole layers) or hidden (residual channels)."""
+    layers: Annotated[str | None, flag("A:B", "all layers")] = None
     """A:B, prune only layers A to B-1."""
-    protect_first: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    protect_first: Annotated[int, flag("N")] = 0
     """Leave the first N layers alone."""
-    protect_last: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    protect_last: Annotated[int, flag("N")] = 0
     """Leave the last N layers alone."""
-    multiple_of: Annotated[int, tyro.conf.arg(metavar="N")] = 8
+    multiple_of: Annotated[int, flag("N")] = 8
     """MLP widths are multiples of this."""
-    max_distinct: Annotated[int | None, tyro.conf.arg(metavar="N")] = None
+    max_distinct: Annotated[int | None, flag("N", "no limit")] = None
     """At most this many different layer shapes."""
 
 
@@ -72,13 +69,13 @@ class Prune:
     """
 
     model: ModelName
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    out: Annotated[Path, flag("DIR")]
     """Folder to write."""
-    ratio: Annotated[float, tyro.conf.arg(metavar="R")] = 0.2
+    ratio: Annotated[float, flag("R")] = 0.2
     """Fraction of the parameters of all attention and MLP matrices to remove."""
-    method: Annotated[str, tyro.conf.arg(metavar="NAME")] = "taylor"
+    method: Annotated[str, flag("NAME")] = "taylor"
     """How units are scored; `jaxprune methods` lists them."""
-    plan: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    plan: Annotated[Path | None, flag("FILE", "none")] = None
     """Cut by this plan (a plan or a jaxprune.json) instead of scoring."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights. Scores are float32 in any case."""
@@ -92,7 +89,7 @@ class Prune:
     def settings(self) -> pipeline.Settings:
         """The flags as `pipeline.Settings`."""
         given = self.shape.units
-        units = tuple(given.split(",")) if given else methods.default_units(self.method)
+        units = tuple(given.split(",")) if given is not None else methods.default_units(self.method)
         return pipeline.Settings(
             method=self.method,
             ratio=self.ratio,

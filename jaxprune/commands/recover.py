@@ -5,13 +5,14 @@ import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
+import optax
 
 from jaxprune import _progress, data, folder, recovery
 from jaxprune._files import atomic_folder
-from jaxprune.commands._common import ModelName, Output, check_tokens, peak_memory, say, stage
+from jaxprune.commands._common import ModelName, Output, check_tokens, flag, peak_memory, say, stage
 from jaxprune.models import axes
 
 
@@ -25,33 +26,32 @@ class Recover:
     """
 
     model: ModelName
-    data: str
-    """Instructions (.json or .jsonl with the fields instruction, input, output: only responses are learnt) or any text
-    source."""
-    out: Path
+    data: Annotated[str, flag("SRC")]
+    """Instructions (.json or .jsonl with the fields instruction, input, output; responses are learnt) or any text source."""
+    out: Annotated[Path, flag("DIR")]
     """Folder to write."""
-    steps: int = 100
+    steps: Annotated[int, flag("N")] = 100
     """Updates."""
-    rank: int = 8
+    rank: Annotated[int, flag("N")] = 8
     """Rank of the adapters."""
-    alpha: int = 16
+    alpha: Annotated[int, flag("N")] = 16
     """The adapters' product is multiplied by alpha / rank."""
-    batch_size: int = 8
+    batch_size: Annotated[int, flag("N")] = 8
     """Sequences in an update."""
-    length: int = 128
+    length: Annotated[int, flag("T")] = 128
     """Most tokens in a sequence."""
-    learning_rate: float = 2e-4
+    learning_rate: Annotated[float, flag("R")] = 2e-4
     """Highest learning rate."""
-    warmup: int | None = None
-    """Updates until the highest learning rate, which then falls linearly to zero; default: a tenth of the steps."""
-    accumulate: int = 1
+    warmup: Annotated[int | None, flag("N", "a tenth of the steps")] = None
+    """Updates until the highest learning rate, which then falls linearly to zero."""
+    accumulate: Annotated[int, flag("N")] = 1
     """Parts that each batch is split into to save memory."""
-    save_every: int = 25
+    save_every: Annotated[int, flag("N")] = 25
     """Updates between checkpoints."""
-    seed: int = 0
+    seed: Annotated[int, flag("N")] = 0
     """Of the adapters and of the order of the data."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of the frozen weights; default: as stored. Adapters are float32."""
+    dtype: Annotated[Literal["float32", "bfloat16"] | None, flag("{float32,bfloat16}", "as stored")] = None
+    """Type of the frozen weights. Adapters are float32."""
     resume: bool = False
     """Go on from the last checkpoint."""
     overwrite: bool = False
@@ -93,6 +93,16 @@ def run(args: Recover) -> dict[str, Any]:
     }
 
 
+def optimizer(args: Recover) -> tuple[int, optax.GradientTransformation]:
+    """Updates of warmup, and the optimizer that the flags ask for.
+
+    Raises:
+      ValueError: a flag is out of range.
+    """
+    warmup = args.steps // 10 if args.warmup is None else args.warmup
+    return warmup, recovery.schedule_and_optimizer(args.learning_rate, args.steps, warmup=warmup)[1]
+
+
 @contextlib.contextmanager
 def _checkpoints(folder: Path) -> Iterator[None]:
     """If training stops before there is a whole checkpoint to go on from, nothing is left of the folder."""
@@ -104,8 +114,7 @@ def _checkpoints(folder: Path) -> Iterator[None]:
 
 
 def _train(args: Recover, model: folder.Model, adapter: Any, training: data.TrainingData, checkpoints: Path):
-    warmup = args.steps // 10 if args.warmup is None else args.warmup
-    _, tx = recovery.schedule_and_optimizer(args.learning_rate, args.steps, warmup=warmup)
+    warmup, tx = optimizer(args)
     settings = {name: getattr(args, name) for name in ("rank", "alpha", "batch_size", "length", "learning_rate", "seed")}
     settings |= dict(warmup=warmup, data=training.sha256, kind=training.kind, model=[list(dims) for dims in model.cfg.layers])
 

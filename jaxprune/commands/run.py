@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import tyro
 
 from jaxprune import data, folder, report
 from jaxprune._decode import check_file
 from jaxprune.commands import evaluate, prune, recover, verify
-from jaxprune.commands._common import ModelName, Output
+from jaxprune.commands._common import ModelName, Output, flag
 from jaxprune.commands._stages import once, opened
 from jaxprune.commands.generate import check_prompt, continuation
 from jaxprune.models import checkpoint
@@ -24,15 +23,15 @@ from jaxprune.plan import Plan
 class Recovery:
     """LoRA training after the cut."""
 
-    data: Annotated[str, tyro.conf.arg(metavar="SRC")] = "builtin"
+    data: Annotated[str, flag("SRC")] = "builtin"
     """Instructions (.json, .jsonl) or any text source; `none` leaves recovery out."""
-    recovery_steps: Annotated[int, tyro.conf.arg(metavar="N")] = 40
+    recovery_steps: Annotated[int, flag("N")] = 40
     """Updates."""
-    batch_size: Annotated[int, tyro.conf.arg(metavar="N")] = 4
+    batch_size: Annotated[int, flag("N")] = 4
     """Sequences in an update."""
-    recovery_length: Annotated[int, tyro.conf.arg(metavar="T")] = 128
+    recovery_length: Annotated[int, flag("T")] = 128
     """Tokens in a sequence."""
-    learning_rate: Annotated[float, tyro.conf.arg(metavar="R")] = 5e-4
+    learning_rate: Annotated[float, flag("R")] = 5e-4
     """Highest learning rate."""
 
 
@@ -40,17 +39,17 @@ class Recovery:
 class Evaluation:
     """What is measured before and after."""
 
-    text: Annotated[str, tyro.conf.arg(metavar="SRC")] = "builtin-heldout"
+    text: Annotated[str, flag("SRC")] = "builtin-heldout"
     """Text for perplexity; keep it apart from calibration and training data."""
-    window: Annotated[int, tyro.conf.arg(metavar="T")] = 1024
+    window: Annotated[int, flag("T")] = 1024
     """Tokens in a window."""
-    max_tokens: Annotated[int | None, tyro.conf.arg(metavar="N")] = 8192
+    max_tokens: Annotated[int | None, flag("N")] = 8192
     """Read at most this many tokens of the text."""
-    choice: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    choice: Annotated[Path | None, flag("FILE", "none")] = None
     """Multiple-choice questions (.jsonl with query, choices, gold)."""
-    limit: Annotated[int | None, tyro.conf.arg(metavar="N")] = 200
+    limit: Annotated[int | None, flag("N")] = 200
     """Read at most this many questions."""
-    prompt: Annotated[str, tyro.conf.arg(metavar="TEXT")] = "The capital of France is"
+    prompt: Annotated[str, flag("TEXT")] = "The capital of France is"
     """Text that the models continue in the report."""
 
 
@@ -62,11 +61,11 @@ class Run:
     """
 
     model: ModelName
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    out: Annotated[Path, flag("DIR")]
     """Folder for the models (pruned/, recovered/), the numbers (*.json), the figures and report.html."""
-    ratio: Annotated[float, tyro.conf.arg(metavar="R")] = 0.2
+    ratio: Annotated[float, flag("R")] = 0.2
     """Fraction of the parameters of all attention and MLP matrices to remove."""
-    method: Annotated[str, tyro.conf.arg(metavar="NAME")] = "taylor"
+    method: Annotated[str, flag("NAME")] = "taylor"
     """How units are scored; `jaxprune methods` lists them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
@@ -115,6 +114,7 @@ def run(args: Run) -> dict[str, Any]:
 def _check(args: Run) -> None:
     """Refuses flags and files that a later stage would stumble over, before anything is done."""
     args.prune_flags().settings()
+    recover.optimizer(args.recover_flags())
     check_prompt(args.evaluation.prompt)
     evaluate.inputs(args.evaluate_flags(args.model))
     if args.recovery.data.endswith((".json", ".jsonl")):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import tyro
 
 from jaxprune import data, folder, proof
-from jaxprune.commands._common import ModelName, Output, check_tokens, say, stage
+from jaxprune.commands._common import Output, check_tokens, flag, say, stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,13 +17,13 @@ class Verify:
     status 1 if the logits differ or a tensor changed that no recorded step explains.
     """
 
-    dense: ModelName
+    dense: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DENSE", help="the model that it was pruned from")]
     pruned: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRUNED", help="a folder that jaxprune wrote")]
-    text: str = "builtin"
+    text: Annotated[str, flag("SRC")] = "builtin"
     """Text to compare the logits on."""
-    samples: int = 2
+    samples: Annotated[int, flag("N")] = 2
     """Sequences."""
-    length: int = 64
+    length: Annotated[int, flag("T")] = 64
     """Tokens in a sequence."""
     tensors: bool = False
     """List every tensor."""

@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from jaxprune import folder
+
 
 @pytest.fixture
 def prune(refused, model, tmp_path):
@@ -39,6 +41,7 @@ def prune(refused, model, tmp_path):
         (("--calibration-sha256", "0" * 64), f"builtin: SHA-256 .* given, {'0' * 64} recorded"),
         (("--calibration-sha256", "0" * 64, "--method", "random"), "random reads no text"),
         (("--plan", "nowhere.json"), "nowhere.json: no such file; give a plan"),
+        (("--units", ""), "units: '' given"),
         (("--json", "nowhere/result.json"), "json: nowhere/result.json given"),
     ],
 )
@@ -121,4 +124,20 @@ def test_choices(refused, model, tmp_path, command, content, message):
 )
 def test_flags_of_evaluate(refused, model, tmp_path, flags, message):
     assert message in refused("evaluate", model, *flags)
+    assert message in refused("run", model, "--out", tmp_path / "out", *flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--recovery-steps", 0), "steps: 0 given"),
+        (("--learning-rate", -1), "learning_rate: -1.0 given"),
+        (("--data", "nowhere.jsonl"), "nowhere.jsonl: no such file"),
+        (("--data", "nowhere.txt"), "nowhere.txt: no such file"),
+        (("--prompt", "\udcff"), "prompt: not UTF-8"),
+        (("--ratio", 2), "ratio: 2.0 given"),
+    ],
+)
+def test_flags_of_run_are_checked_before_the_first_stage(refused, model, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setattr(folder, "load", None)
     assert message in refused("run", model, "--out", tmp_path / "out", *flags)
