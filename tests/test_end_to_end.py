@@ -1,0 +1,96 @@
+"""SmolLM2-135M through the command line: pruned, proved, measured, loaded again and handed to transformers."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.real
+GIB = 2**30
+SMALL = ("--ratio", "0.2", "--samples", "4", "--length", "64")
+
+
+@pytest.fixture(scope="module")
+def jaxprune():
+    """Runs a command in a process of its own and returns the most memory that it took, in bytes."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}  # without the virtual devices
+
+    def run(*words):
+        command = [sys.executable, "-m", "jaxprune", *map(str, words)]
+        with tempfile.TemporaryFile("w+") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            log.seek(0)
+            assert process.returncode == 0, log.read()
+        return usage.ru_maxrss * 1024
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def made(smollm2, jaxprune, tmp_path_factory):
+    """Folders pruned by Taylor scores and at random, and the memory that pruning took."""
+    root = tmp_path_factory.mktemp("made")
+    memory = jaxprune("prune", smollm2, "--out", root / "taylor", *SMALL)
+    jaxprune("prune", smollm2, "--out", root / "random", "--ratio", "0.2", "--method", "random")
+    return root, memory
+
+
+def test_pruning_stays_under_two_gibibytes(made):
+    assert made[1] < 2 * GIB
+
+
+def test_the_cut_is_exact_after_a_round_trip_to_disk(made, smollm2, jaxprune, tmp_path):
+    jaxprune("verify", smollm2, made[0] / "taylor", "--json", tmp_path / "verify.json")
+    result = json.loads((tmp_path / "verify.json").read_text())
+    assert result["exact"] and result["tensors updated"] == 0
+    assert result["largest logit difference"] < 1e-4 * result["largest logit"]
+
+
+def test_a_fifth_of_the_decoder_is_gone_and_taylor_knows_which(made, smollm2):
+    from jaxprune import data, evaluate, models
+
+    def perplexity(source):
+        params, cfg = models.load(source)
+        tokenizer = models.load_tokenizer(source)
+        text = "\n\n".join(data.read_text("builtin-heldout").pieces)
+        tokens = evaluate.encode_text(tokenizer, text)[:2048]
+        return evaluate.perplexity(params, cfg, tokens, window=512)["perplexity"], cfg.decoder_parameters
+
+    dense, size = perplexity(smollm2)
+    taylor, small = perplexity(made[0] / "taylor")
+    random, _ = perplexity(made[0] / "random")
+    assert abs(1 - small / size - 0.2) < 0.005
+    assert dense < taylor < random
+
+
+def test_transformers_loads_what_is_uniform(made):
+    """Local ranking without protected layers gives every layer the same widths, which a plain `config.json` can say."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from jaxprune import models
+
+    folder = made[0] / "taylor"
+    params, cfg = models.load(folder)
+    assert len(set(cfg.layers)) == 1
+    tokens = np.asarray(AutoTokenizer.from_pretrained(folder)("The capital of France is")["input_ids"], np.int32)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        want = theirs(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    np.testing.assert_allclose(models.apply(params, jnp.asarray(tokens), cfg), want, atol=1e-3)
+
+
+def test_transformers_refuses_what_it_cannot_say(smollm2, jaxprune, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    flags = ("--method", "magnitude", "--ratio", "0.2", "--protect-first", "4")
+    jaxprune("prune", smollm2, "--out", tmp_path / "uneven", *flags)
+    with pytest.raises(ValueError, match="jaxprune_llama"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "uneven")
