@@ -12,18 +12,17 @@ compilation is not. `processor` is the time of all cores behind it. `process` is
 loading included. `agreement` is the overlap of the channels that the two keep:
 intersection over union, layer by layer, and the same of the channels that they remove.
 
-On a machine with other load compare on one core (`taskset -c 1 python ...`): under load torch's two threads took 31 to 36 s of
-processor time for what one does in 15, presumably waiting for each other in busy loops.
-2026-11-22, so pinned, `--repeats 1`, other programs running (load 5):
+2026-11-22, 2 cores, `--repeats 1`, load 1.5:
 
     side      score and cut, s  / torch  processor, s  process, MiB  process / torch
     --------  ----------------  -------  ------------  ------------  ---------------
-    torch     20.863            1.000    14.436                3579  1.000
-    jaxprune  23.839            1.143    16.725                1712  0.478
+    torch     11.705            1.000    22.083                3594  1.000
+    jaxprune  7.149             0.611    12.328                1586  0.441
     agreement of kept channels, per layer: lowest 0.9980, mean 0.9999
     agreement of removed channels, per layer: lowest 0.9961, mean 0.9998
 
-Not pinned, under a load of 6 to 8 on the 2 cores, four runs gave ratios of 0.38 to 0.69; they do not say who is faster.
+On a machine with other load compare on one core (`taskset -c 1 python ...`): under load torch's two threads took 31 to 36 s of
+processor time for what one does in 15, presumably waiting for each other in busy loops.
 """
 
 import dataclasses
