@@ -21,21 +21,6 @@ def in_new_process(file: str, *arguments: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes.
-
-    On Linux `getrusage` also counts the process that started this one, as it was at that moment; the line VmHWM does not.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        if found:
-            return int(found[0]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 class Spent(NamedTuple):
     """Seconds on the clock, and processor seconds of all threads, which other programs disturb less."""
 

@@ -36,6 +36,8 @@ from pathlib import Path
 import _common
 import tyro
 
+from jaxprune.commands._common import peak_memory
+
 RATIO, PROTECT_FIRST, PROTECT_LAST, SAMPLES, LENGTH = 0.2, 4, 2, 10, 128
 
 
@@ -85,7 +87,7 @@ def with_jaxprune(folder: Path, setting: dict) -> dict:
     jax.block_until_ready(pruned.params)
     spent = dict(seconds=time.perf_counter() - begin, cpu=time.process_time() - cpu)
     kept = {i: pruned.plan.keep[i]["f"] for i in range(setting["start"], setting["stop"])}
-    return dict(**spent, peak=_common.peak_memory(), kept={i: [int(x) for x in k] for i, k in kept.items()})
+    return dict(**spent, peak=peak_memory(), kept={i: [int(x) for x in k] for i, k in kept.items()})
 
 
 def with_torch(folder: Path, setting: dict) -> dict:
@@ -102,7 +104,7 @@ def with_torch(folder: Path, setting: dict) -> dict:
     layers = range(setting["start"], setting["stop"])
     kept = _llm_pruner.prune(model, tokens, layers, setting["mlp"], setting["kv"])
     spent = dict(seconds=time.perf_counter() - begin, cpu=time.process_time() - cpu)
-    return dict(**spent, peak=_common.peak_memory(), kept={i: k.mlp.tolist() for i, k in kept.items()})
+    return dict(**spent, peak=peak_memory(), kept={i: k.mlp.tolist() for i, k in kept.items()})
 
 
 SIDES = dict(torch=with_torch, jaxprune=with_jaxprune)

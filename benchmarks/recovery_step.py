@@ -13,9 +13,10 @@ import time
 import jax
 import jax.numpy as jnp
 import optax
-from _common import MIB, peak_memory, size
+from _common import MIB, size
 
 from jaxprune import models, recovery
+from jaxprune.commands._common import peak_memory
 from jaxprune.models import checkpoint
 
 

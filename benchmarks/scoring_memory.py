@@ -31,6 +31,8 @@ from pathlib import Path
 import _common
 import tyro
 
+from jaxprune.commands._common import peak_memory
+
 VARIANTS = ("forward", "taps", "gradient, remat", "gradient")
 
 
@@ -73,11 +75,11 @@ def measure(variant: str, model: str, samples: int, length: int) -> dict[str, in
     params, cfg = models.load(model, dtype="float32")
     tokens = jax.random.randint(jax.random.key(0), (samples, length), 0, cfg.vocab)
     jax.block_until_ready((params, tokens))
-    loaded = _common.peak_memory()
+    loaded = peak_memory()
     compiled = jax.jit(program(variant, cfg)).lower(params, tokens).compile()
     jax.block_until_ready(compiled(params, tokens))
     temporaries = compiled.memory_analysis().temp_size_in_bytes
-    return dict(weights=_common.size(params), temporaries=temporaries, loaded=loaded, process=_common.peak_memory())
+    return dict(weights=_common.size(params), temporaries=temporaries, loaded=loaded, process=peak_memory())
 
 
 def main(args: Args) -> None:

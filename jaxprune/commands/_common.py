@@ -52,9 +52,16 @@ def stage(what: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    """Largest resident size of this process so far, in bytes.
+
+    On Linux `getrusage` also counts the process that started this one, as it was at that moment; the line VmHWM does not.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        if found:
+            return int(found[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def check_tokens(tokens: np.ndarray, cfg: LlamaConfig, source: str) -> None:
