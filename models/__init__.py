@@ -5,25 +5,20 @@ from jaxprune.models._hf import from_hf_config, to_hf_config
 from jaxprune.models.checkpoint import load, resolve, save
 from jaxprune.models.config import LayerDims, LlamaConfig, Run
 from jaxprune.models.flax_tree import from_flax, load_flax_msgpack, save_flax_msgpack, to_flax
-from jaxprune.models.llama import (
-    apply,
-    block,
-    count_parameters,
-    head,
-    hidden,
-    init,
-    loss_fn,
-    probes,
-    rms_norm,
-    shapes,
-    token_losses,
-)
+from jaxprune.models.llama import apply, block, head, hidden, rms_norm
+from jaxprune.models.losses import loss_fn, max_logits_fn, sample_targets, token_losses
 from jaxprune.models.module import Llama
+from jaxprune.models.observe import Site, observe
+from jaxprune.models.params import count_parameters, init, probes, shapes
 from jaxprune.models.tokenizer import load_tokenizer
 from jaxprune.models.types import LossFn, Params, PerLayer, Probes, Tokens
 from jaxprune.models.units import sum_over_units, unit_costs, unit_counts
 
 __all__ = [
+    "sample_targets",
+    "observe",
+    "max_logits_fn",
+    "Site",
     "LayerDims",
     "Llama",
     "LlamaConfig",

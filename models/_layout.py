@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxprune.models import axes
 from jaxprune.models.config import LlamaConfig
-from jaxprune.models.llama import shapes
+from jaxprune.models.params import shapes
 from jaxprune.models.types import Params
 
 A = TypeVar("A", np.ndarray, jax.Array)

@@ -12,7 +12,7 @@ import numpy as np
 from jaxprune.models import _hf
 from jaxprune.models._layout import file_shape, file_view, parts
 from jaxprune.models.config import LlamaConfig
-from jaxprune.models.llama import shapes
+from jaxprune.models.params import shapes
 from jaxprune.models.types import Params
 
 

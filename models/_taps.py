@@ -72,6 +72,21 @@ def _split(w, squares):
 _split.defvjp(lambda w, squares: (w, None), lambda _, g: (g, jnp.square(g.astype(jnp.float32))))
 
 
+@jax.custom_vjp
+def second_moment(x: jax.Array, probe: jax.Array) -> jax.Array:
+    """`x`, [b, t, d]; the cotangent of `probe` is the sum over tokens of g g^T, g the cotangent of a token of `x`."""
+    del probe
+    return x
+
+
+def _second_moment_backward(_, g):
+    rows = g.reshape(-1, g.shape[-1]).astype(jnp.float32)
+    return g, jnp.matmul(rows.T, rows, precision="highest")
+
+
+second_moment.defvjp(lambda x, probe: (x, None), _second_moment_backward)
+
+
 def outer(p: dict, taps: dict, axis_name: str | None) -> tuple[dict, dict]:
     """Taps every weight of a layer that a probe names.
 

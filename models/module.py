@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxprune.models.config import LlamaConfig
-from jaxprune.models.llama import apply, shapes
+from jaxprune.models.llama import apply
+from jaxprune.models.params import shapes
 from jaxprune.models.types import Probes
 
 

@@ -21,6 +21,9 @@ Kinds of probes (a loss ignores the kinds that are absent from the dict):
   `square`  sum of w^2 * sum_j g_j^2
   `mix`     sum of abs(w * sum_j g_j - w^2 / 2 * sum_j g_j^2)
   ========  =====================================================
+- `output`: `PerLayer` of float32[d, d], axis letter `k` for the attention and `f` for the MLP, passed as zeros. They do not
+  change the loss. Its derivative by one is the sum over tokens of g g^T, with g the gradient of the loss by what the module
+  adds to the residual stream at that token.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,130 @@
+"""What scores and training differentiate: next-token losses and functions of the logits, one number per sequence."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxprune.models.config import LlamaConfig
+from jaxprune.models.llama import head, hidden
+from jaxprune.models.types import LossFn, Params, Probes, Tokens
+
+
+def token_losses(
+    params: Params, x: Float[Array, "b t d"], targets: Int[Array, "b t"], cfg: LlamaConfig, chunk: int = 256
+) -> Float[Array, "b t"]:
+    """Cross-entropy of each target in nats, float32, with the logits of at most `chunk` tokens in memory at a time."""
+    b, t, d = x.shape
+    pad = -(b * t) % min(chunk, b * t)
+    flat = jnp.pad(x.reshape(b * t, d), ((0, pad), (0, 0))).reshape(-1, min(chunk, b * t), d)
+    wanted = jnp.pad(targets.reshape(b * t), (0, pad)).reshape(flat.shape[:2])
+
+    @jax.checkpoint
+    def one(z):
+        logits = head(params, z[0], cfg)
+        return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, z[1][:, None], -1)[:, 0]
+
+    return jax.lax.map(one, (flat, wanted)).reshape(-1)[: b * t].reshape(b, t)
+
+
+def loss_fn(
+    cfg: LlamaConfig,
+    *,
+    remat: bool = True,
+    microbatch: int | None = None,
+    axis_name: str | None = None,
+    chunk: int = 256,
+) -> LossFn:
+    """The mean next-token cross-entropy of each sequence as a function of (params, probes, tokens), float32[b] in nats.
+
+    Args:
+      cfg: the model.
+      remat, microbatch, axis_name: as in `hidden`.
+      chunk: tokens whose logits are in memory at a time.
+
+    Tokens may also be given as `{"inputs": int32[b, t], "targets": int32[b, t]}`, see `sample_targets`.
+
+    >>> import jax
+    >>> from jaxprune import models
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),) * 3)
+    >>> loss = models.loss_fn(cfg)
+    >>> uniform = jax.tree.map(jax.numpy.zeros_like, models.init(jax.random.key(0), cfg))
+    >>> losses = loss(uniform, {}, jax.numpy.zeros((2, 5), int))
+    >>> losses.shape, bool(abs(losses - jax.numpy.log(64)).max() < 1e-5)
+    ((2,), True)
+    """
+
+    def losses(params: Params, probes: Probes, tokens: Tokens) -> Float[Array, " b"]:
+        inputs, targets = (tokens["inputs"], tokens["targets"]) if isinstance(tokens, dict) else (tokens[:, :-1], tokens[:, 1:])
+        x = hidden(params, inputs, cfg, probes, remat=remat, microbatch=microbatch, axis_name=axis_name)
+        return token_losses(params, x, targets, cfg, chunk).mean(-1)
+
+    return losses
+
+
+def sample_targets(params: Params, tokens: Int[Array, "b t"], cfg: LlamaConfig, key: jax.Array) -> dict[str, Int[Array, "b t"]]:
+    """Draws the next token of every position from the model: the labels under which squared gradients are the true Fisher.
+
+    Args:
+      params, cfg: the model.
+      tokens: token ids.
+      key: of the draw.
+
+    Returns:
+      `{"inputs": tokens, "targets": int32[b, t]}`, which `loss_fn` reads in place of tokens.
+
+    Reference: Kunstner et al., `Limitations of the Empirical Fisher Approximation <https://arxiv.org/abs/1905.12558>`_, 2019,
+    equation 3.
+
+    >>> import jax
+    >>> from jaxprune import models
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),))
+    >>> params, tokens = models.init(jax.random.key(0), cfg), jax.numpy.zeros((2, 5), int)
+    >>> models.sample_targets(params, tokens, cfg, jax.random.key(1))["targets"].shape
+    (2, 5)
+    """
+    x = hidden(params, tokens, cfg)
+    keys = jax.random.split(key, tokens.shape[0])
+    targets = jax.lax.map(lambda z: jax.random.categorical(z[0], head(params, z[1], cfg)), (keys, x))
+    return dict(inputs=tokens, targets=targets.astype(jnp.int32))
+
+
+def max_logits_fn(
+    cfg: LlamaConfig, *, microbatch: int | None = None, axis_name: str | None = None, chunk: int = 8192
+) -> LossFn:
+    r"""NIRVANA's function of the logits, :math:`\frac1V \sum_v \max_t Z_{tv}` of each sequence, float32[b].
+
+    Args:
+      cfg: the model.
+      microbatch, axis_name: as in `hidden`.
+      chunk: tokens of the vocabulary whose logits are in memory at a time.
+
+    Reference: Ai et al., `NIRVANA <https://arxiv.org/abs/2509.14230>`_, 2025, as the released code computes it.
+
+    >>> import jax
+    >>> from jaxprune import models
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),), tie_embeddings=True)
+    >>> params, tokens = models.init(jax.random.key(0), cfg), jax.numpy.arange(10).reshape(2, 5)
+    >>> whole = models.apply(params, tokens, cfg).max(1).mean(-1)
+    >>> bool(abs(models.max_logits_fn(cfg, chunk=24)(params, {}, tokens) - whole).max() < 1e-5)
+    True
+    """
+
+    def function(params: Params, probes: Probes, tokens: Int[Array, "b t"]) -> Float[Array, " b"]:
+        x = hidden(params, tokens, cfg, probes, remat=True, microbatch=microbatch, axis_name=axis_name)
+        out = params["embed"] if cfg.tie_embeddings else params["head"].T
+        size = min(chunk, cfg.vocab)
+        starts = jnp.arange(0, cfg.vocab - size + 1, size)
+
+        @jax.checkpoint
+        def part(x, rows):
+            return jnp.einsum("btd,vd->bvt", x, rows, preferred_element_type=jnp.float32).max(-1).sum(-1)
+
+        def add(total, start):
+            return total + part(x, jax.lax.dynamic_slice_in_dim(out, start, size)), None
+
+        total, _ = jax.lax.scan(add, jnp.zeros(tokens.shape[0], jnp.float32), starts)
+        if rest := cfg.vocab % size:
+            total += part(x, out[-rest:])
+        return total / cfg.vocab
+
+    return function

@@ -1,0 +1,77 @@
+"""What flows through a model: a forward pass that hands every layer's activations to a function and keeps what it returns."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxprune.models import _rope
+from jaxprune.models.config import LlamaConfig
+from jaxprune.models.llama import attention, mlp, project, rms_norm
+from jaxprune.models.types import Axis, Params
+
+
+class Site(NamedTuple):
+    """A sublayer while tokens go through it.
+
+    Attributes:
+      w: its output projection, [units..., d]: `[k, g, h, d]` of the attention, `[f, d]` of the MLP.
+      z: what the projection reads, [b, t, units...].
+      read: the normed residual stream that the sublayer reads, [b, t, d].
+      before, after: the residual stream around the sublayer, [b, t, d], without the final norm.
+    """
+
+    w: jax.Array
+    z: jax.Array
+    read: jax.Array
+    before: jax.Array
+    after: jax.Array
+
+
+Reduce = Callable[[dict[Axis, Site]], Any]
+
+
+def observe(params: Params, tokens: Int[Array, "b t"], cfg: LlamaConfig, reduce: Reduce) -> tuple[Any, ...]:
+    """Runs the model and reduces each layer's activations where they arise; what `reduce` does not read is not computed.
+
+    Args:
+      params, cfg: the model.
+      tokens: token ids.
+      reduce: the sites of one layer by axis letter (`k` attention, `f` MLP; absent where the sublayer is gone) -> any tree.
+
+    Returns:
+      What `reduce` returned, layer by layer.
+
+    >>> import jax
+    >>> from jaxprune import models
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),) * 3)
+    >>> params = models.init(jax.random.key(0), cfg)
+    >>> seen = models.observe(params, jax.numpy.zeros((1, 5), int), cfg, lambda sites: (sites["f"].z ** 2).sum((0, 1)))
+    >>> len(seen), seen[0].shape
+    (3, (48,))
+    """
+    x = params["embed"][tokens]
+    rope = _rope.tables(cfg, jnp.arange(tokens.shape[1]), tokens.shape[1])
+    out: list[Any] = []
+    for run in cfg.runs:
+        if not (arrays := params.get(run.name, {})):
+            out += [reduce({})] * run.length
+            continue
+
+        def layer(x, p):
+            sites = {}
+            for axis, name in (("k", "o"), ("f", "down")):
+                z, before = None, x
+                if name in p:
+                    z = attention(p, x, cfg, rope, {})[0] if axis == "k" else mlp(p, x, cfg, {})
+                x = project(p, name, x, z, {})
+                if z is not None:
+                    norm = p["attn_norm" if axis == "k" else "mlp_norm"]
+                    sites[axis] = Site(p[name], z, rms_norm(before, norm, cfg.norm_eps), before, x)
+            return x, reduce(sites)
+
+        x, stacked = jax.lax.scan(layer, x, arrays)
+        out += [jax.tree.map(lambda s, i=i: s[i], stacked) for i in range(run.length)]
+    return tuple(out)

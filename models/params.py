@@ -1,0 +1,84 @@
+"""The parameter tree of a configuration, and the probes of its units."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.models import axes
+from jaxprune.models.config import LayerDims, LlamaConfig
+from jaxprune.models.types import Params, Probes
+
+
+def shapes(cfg: LlamaConfig, dtype: Any = jnp.float32) -> Params:
+    """The parameter tree as `jax.ShapeDtypeStruct`s: `embed`, `norm`, `head` unless tied, one dict of stacked arrays a run."""
+
+    def arrays(table: dict[str, str], size: dict[str, int], lead: tuple[int, ...] = ()) -> dict:
+        return {n: jax.ShapeDtypeStruct((*lead, *(size[a] for a in ax)), dtype) for n, ax in table.items()}
+
+    runs = {run.name: arrays(cfg.layer_arrays(run.dims), cfg.sizes(run.dims), (run.length,)) for run in cfg.runs}
+    return arrays(cfg.top_arrays(), cfg.sizes()) | {name: run for name, run in runs.items() if run}
+
+
+def init(key: jax.Array, cfg: LlamaConfig, dtype: Any = jnp.float32) -> Params:
+    """Random parameters: norms one, biases zero, matrices normal with standard deviation 0.02."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes(cfg, dtype))
+    ends = np.cumsum([leaf.size for _, leaf in leaves])
+    flat = np.asarray(0.02 * jax.random.normal(key, (int(ends[-1]),)))  # one draw: XLA compiles random bits slowly
+
+    def one(path, leaf, end):
+        name = path[-1].key
+        if name.endswith("norm"):
+            return jnp.ones(leaf.shape, leaf.dtype)
+        if name.endswith("_bias"):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return jnp.asarray(flat[end - leaf.size : end].reshape(leaf.shape), leaf.dtype)
+
+    return jax.tree.unflatten(tree, [one(path, leaf, end) for (path, leaf), end in zip(leaves, ends, strict=True)])
+
+
+def count_parameters(cfg: LlamaConfig) -> int:
+    """All stored parameters; tied embeddings count once.
+
+    >>> from jaxprune.models import LayerDims, LlamaConfig, count_parameters
+    >>> count_parameters(LlamaConfig(vocab=32000, d=4096, head_dim=128, layers=(LayerDims(32, 1, 11008),) * 32))
+    6738415616
+    """
+    return sum(x.size for x in jax.tree.leaves(shapes(cfg)))
+
+
+def probes(cfg: LlamaConfig, units: str = "kf") -> Probes:
+    """Templates of all probes of the model: gates of one, taps and outputs of zero.
+
+    Args:
+      cfg: the model.
+      units: axis letters that gates are made for; taps exist for `k` and `f`.
+
+    Returns:
+      `{"gates": PerLayer of float32[units], "taps": PerLayer of {tensor: float32[unit, ..., channel]}, "output": PerLayer of
+      float32[d, d]}`. A layer whose sublayer is gone has no probes for it.
+
+    >>> from jaxprune.models import LayerDims, LlamaConfig, probes
+    >>> p = probes(LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 3, 48),)))
+    >>> p["gates"][0]["k"].shape, p["taps"][0]["k"]["q"].shape, p["taps"][0]["f"]["down"].shape
+    ((2,), (2, 3, 8), (48,))
+    """
+
+    def layer(dims: LayerDims) -> tuple[dict, dict, dict]:
+        size, arrays = cfg.sizes(dims), cfg.layer_arrays(dims)
+        alive = [u for u in units if size[u]]
+        gates = {u: jnp.ones(size[u], jnp.float32) for u in alive}
+        taps = {
+            u: {
+                n: jnp.zeros([size[a] for a in axes.UNITS[u] if a in arrays[n]], jnp.float32)
+                for n in axes.MATRICES
+                if n in arrays and u in arrays[n]
+            }
+            for u in alive
+            if u in "kf"
+        }
+        return gates, taps, {u: jnp.zeros((cfg.d, cfg.d), jnp.float32) for u in taps}
+
+    gates, taps, output = zip(*map(layer, cfg.layers), strict=True)
+    return dict(gates=gates, taps=taps, output=output)
