@@ -2,10 +2,11 @@
 
 from jaxprune.models import axes
 from jaxprune.models._hf import from_hf_config, to_hf_config
+from jaxprune.models._rope import tables as rope_tables
 from jaxprune.models.checkpoint import load, resolve, save
 from jaxprune.models.config import LayerDims, LlamaConfig, Run
 from jaxprune.models.flax_tree import from_flax, load_flax_msgpack, save_flax_msgpack, to_flax
-from jaxprune.models.llama import apply, block, head, hidden, rms_norm
+from jaxprune.models.llama import apply, attention, block, head, hidden, mlp, project, rms_norm
 from jaxprune.models.losses import loss_fn, max_logits_fn, sample_targets, token_losses
 from jaxprune.models.module import Llama
 from jaxprune.models.observe import Site, observe
@@ -15,6 +16,10 @@ from jaxprune.models.types import LossFn, Params, PerLayer, Probes, Tokens
 from jaxprune.models.units import sum_over_units, unit_costs, unit_counts
 
 __all__ = [
+    "rope_tables",
+    "project",
+    "mlp",
+    "attention",
     "sample_targets",
     "observe",
     "max_logits_fn",

@@ -1,7 +1,21 @@
-"""Recovery of a pruned model: low-rank adapters and their training."""
+"""Recovery of a pruned model: closed-form reconstruction, low-rank adapters and their training."""
 
 from jaxprune.recovery import lora
+from jaxprune.recovery.least_squares import admm, least_squares_to, masked_least_squares
 from jaxprune.recovery.loss import AdapterLoss, lm_loss
+from jaxprune.recovery.obs import greedy
+from jaxprune.recovery.reconstruct import reconstruct
 from jaxprune.recovery.train import fit, schedule_and_optimizer
 
-__all__ = ["AdapterLoss", "fit", "lm_loss", "lora", "schedule_and_optimizer"]
+__all__ = [
+    "AdapterLoss",
+    "admm",
+    "fit",
+    "greedy",
+    "least_squares_to",
+    "lm_loss",
+    "lora",
+    "masked_least_squares",
+    "reconstruct",
+    "schedule_and_optimizer",
+]
