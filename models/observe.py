@@ -33,13 +33,14 @@ class Site(NamedTuple):
 Reduce = Callable[[dict[Axis, Site]], Any]
 
 
-def observe(params: Params, tokens: Int[Array, "b t"], cfg: LlamaConfig, reduce: Reduce) -> tuple[Any, ...]:
+def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: LlamaConfig) -> tuple[Any, ...]:
     """Runs the model and reduces each layer's activations where they arise; what `reduce` does not read is not computed.
 
     Args:
-      params, cfg: the model.
+      params: the model's weights.
       tokens: token ids.
       reduce: the sites of one layer by axis letter (`k` attention, `f` MLP; absent where the sublayer is gone) -> any tree.
+      cfg: what `params` was made with.
 
     Returns:
       What `reduce` returned, layer by layer.
@@ -48,7 +49,7 @@ def observe(params: Params, tokens: Int[Array, "b t"], cfg: LlamaConfig, reduce:
     >>> from jaxprune import models
     >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),) * 3)
     >>> params = models.init(jax.random.key(0), cfg)
-    >>> seen = models.observe(params, jax.numpy.zeros((1, 5), int), cfg, lambda sites: (sites["f"].z ** 2).sum((0, 1)))
+    >>> seen = models.observe(params, jax.numpy.zeros((1, 5), int), lambda sites: (sites["f"].z ** 2).sum((0, 1)), cfg)
     >>> len(seen), seen[0].shape
     (3, (48,))
     """

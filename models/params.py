@@ -57,7 +57,8 @@ def probes(cfg: LlamaConfig, units: str = "kf") -> Probes:
 
     Returns:
       `{"gates": PerLayer of float32[units], "taps": PerLayer of {tensor: float32[unit, ..., channel]}, "output": PerLayer of
-      float32[d, d]}`. A layer whose sublayer is gone has no probes for it.
+      float32[d, d], "inputs": PerLayer of float32[unit, ...]}`; `inputs` are no probes but the shapes that output projections
+      read. A layer whose sublayer is gone has no probes for it.
 
     >>> from jaxprune.models import LayerDims, LlamaConfig, probes
     >>> p = probes(LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 3, 48),)))
@@ -65,7 +66,7 @@ def probes(cfg: LlamaConfig, units: str = "kf") -> Probes:
     ((2,), (2, 3, 8), (48,))
     """
 
-    def layer(dims: LayerDims) -> tuple[dict, dict, dict]:
+    def layer(dims: LayerDims) -> tuple[dict, dict, dict, dict]:
         size, arrays = cfg.sizes(dims), cfg.layer_arrays(dims)
         alive = [u for u in units if size[u]]
         gates = {u: jnp.ones(size[u], jnp.float32) for u in alive}
@@ -78,7 +79,8 @@ def probes(cfg: LlamaConfig, units: str = "kf") -> Probes:
             for u in alive
             if u in "kf"
         }
-        return gates, taps, {u: jnp.zeros((cfg.d, cfg.d), jnp.float32) for u in taps}
+        output = {u: jnp.zeros((cfg.d, cfg.d), jnp.float32) for u in taps}
+        return gates, taps, output, {u: jnp.zeros([size[a] for a in axes.UNITS[u]], jnp.float32) for u in taps}
 
-    gates, taps, output = zip(*map(layer, cfg.layers), strict=True)
-    return dict(gates=gates, taps=taps, output=output)
+    gates, taps, output, inputs = zip(*map(layer, cfg.layers), strict=True)
+    return dict(gates=gates, taps=taps, output=output, inputs=inputs)

@@ -1,8 +1,9 @@
 r"""Optimal Brain Surgeon for whole units of a layer, greedily, with inverse updates.
 
 The error of removing a set `S` of inputs of a projection, the others re-fitted, is
-:math:`\operatorname{tr}(F\, W_S^\top (H^{-1}_{SS})^{-1} W_S)` with :math:`H = G + \delta I` and `F` the metric of output errors:
-the identity, or the second moment of the loss gradient at the output, which makes it the Kronecker-factored loss change.
+:math:`\operatorname{tr}(F\, W_S^\top (H^{-1}_{SS})^{-1} W_S)` with :math:`H = G + \delta I` and `F` the metric of output
+errors: the identity, or the second moment of the loss gradient at the output, which makes it the Kronecker-factored loss
+change.
 """
 
 import functools
@@ -35,8 +36,8 @@ def greedy(
       ValueError: a statistic that is not finite.
 
     Reference: Kurtic et al., `ZipLM <https://arxiv.org/abs/2302.04089>`_, 2023, equations 3 and 4 and algorithm 1, with blocks
-    of units between updates; the metric is of van der Ouderaa et al., `The LLM Surgeon <https://arxiv.org/abs/2312.17244>`_, 2024,
-    section 3 (Kronecker-factored Fisher).
+    of units between updates; the metric is of van der Ouderaa et al., `The LLM Surgeon <https://arxiv.org/abs/2312.17244>`_,
+    2024, section 3 (Kronecker-factored Fisher).
 
     >>> import numpy as np
     >>> from jaxprune import recovery

@@ -22,6 +22,9 @@ def units(tree):
     return models.sum_over_units(tree, CFG)
 
 
+observe = functools.partial(models.observe, cfg=CFG)
+
+
 def _taylor(variant):
     return lambda **o: scorers.taylor(models.loss_fn(CFG, chunk=16, **o), variant, axis_name=o.get("axis_name"))
 
@@ -42,6 +45,10 @@ SCORERS = {
     "fisher": lambda **o: scorers.fisher(models.loss_fn(CFG, chunk=16, **o), axis_name=o.get("axis_name")),
     **{f"taylor-{v}": _taylor(v) for v in ("param_first", "param_second", "param_mix", "vectorize")},
     **{f"full-{v}": _full(v) for v in ("param_first", "param_mix")},
+    "wanda": lambda **o: scorers.wanda(observe, axis_name=o.get("axis_name")),
+    "fluctuation": lambda **o: scorers.fluctuation(observe, standardized=False, axis_name=o.get("axis_name")),
+    "llm-bip": lambda **o: scorers.llm_bip(observe, axis_name=o.get("axis_name")),
+    "numerical": lambda **o: scorers.numerical(observe, axis_name=o.get("axis_name")),
     "mix": lambda **o: scorers.mix(
         (0.5, scorers.chain(_taylor("vectorize")(**o), scorers.normalize())),
         (0.5, scorers.chain(SCORERS["fisher"](**o), scorers.normalize())),
