@@ -43,6 +43,7 @@ def token_blocks(
     length: int,
     seed: int,
     windows: str = "stream",
+    or_fewer: bool = False,
     sampler: Callable[[int, int, int], Any] | None = None,
 ) -> Calibration:
     """Draws blocks of tokens from a source; the result depends on the text and the arguments alone.
@@ -61,6 +62,7 @@ def token_blocks(
       length: tokens in a block.
       seed: of the places that the windows are taken from.
       windows: `stream` or `documents`.
+      or_fewer: of a text that is too short for so many windows of the stream take as many as it has, at least one.
       sampler: (samples, length, seed) -> tokens, for the source `self`; see `self_blocks`.
 
     Raises:
@@ -86,6 +88,9 @@ def token_blocks(
         blocks, available, found = draw(text, pieces, tokenizer, samples, length, rng)
         if blocks is not None:
             return Calibration(blocks, sha256(text.separator.join(pieces)), source, available)
+    if or_fewer and windows == "stream" and available >= length:
+        blocks, available, _ = draw(text, pieces, tokenizer, available // length, length, rng)
+        return Calibration(blocks, sha256(text.separator.join(pieces)), source, available)
     raise ValueError(f"{source}: {found}; {samples} x {length} = {samples * length} were asked for; lower samples or length")
 
 

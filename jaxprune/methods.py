@@ -2,14 +2,15 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-from jaxprune import scorers
-from jaxprune.models import LlamaConfig, loss_fn, sum_over_units
+from jaxprune import allocate, scorers
+from jaxprune.kronecker import kronecker_obs
+from jaxprune.models import LlamaConfig, PerLayer, loss_fn, max_logits_fn, observe, sum_over_units
 
-UNITS = dict(kv="k", mlp="f", layers="l", hidden="d")
+UNITS = dict(kv="k", mlp="f", layers="l", sublayers="kf", hidden="d")
 
 
 class Options(NamedTuple):
@@ -40,6 +41,9 @@ class Method(NamedTuple):
       scorer: (configuration, options) -> scorer.
       samples, length: calibration of the paper: sequences and tokens in each.
       units: unit names that it can score.
+      ranking: how its paper spreads the budget, a name in `RANKINGS`.
+      reconstruct: what its paper fits the weights that stay to, a name in `recovery.TARGETS`, or none.
+      fit_samples, fit_length: calibration of the reconstruction; 0 takes that of the scores.
     """
 
     summary: str
@@ -49,6 +53,10 @@ class Method(NamedTuple):
     samples: int = 10
     length: int = 128
     units: tuple[str, ...] = ("kv", "mlp", "layers")
+    ranking: str = "local"
+    reconstruct: str = "none"
+    fit_samples: int = 0
+    fit_length: int = 0
 
 
 def _random(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
@@ -72,9 +80,50 @@ def _first_layers(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
     return scorers.earliest(len(cfg.layers))
 
 
+def _observed(make: Callable[..., scorers.Scorer], **given: Any) -> Callable[[LlamaConfig, Options], scorers.Scorer]:
+    """A method whose scorer reads activations alone."""
+    return lambda cfg, options: make(functools.partial(observe, cfg=cfg), **given)
+
+
+def _kfac_obs(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
+    return kronecker_obs(cfg, jax.random.key(options.seed))
+
+
+def _nirvana(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
+    return scorers.taylor(max_logits_fn(cfg, microbatch=options.microbatch), "param_first")
+
+
+def _standardized(scores: PerLayer, *rest: Any) -> Any:
+    return allocate.global_(scorers.standardize()(scores), *rest)
+
+
+RANKINGS: dict[str, allocate.Allocator] = {
+    "local": allocate.local,
+    "global": allocate.global_,
+    "standardized": _standardized,
+    "gamma": allocate.gamma(3.36),
+    "linear": allocate.depth("linear"),
+    "log": allocate.depth("log"),
+    "lagrangian": allocate.lagrangian(0.85, 1.5),
+}
+
+DEFAULT = "kfac-obs"
 ALL = ("kv", "mlp", "layers", "hidden")
 
 METHODS: dict[str, Method] = {
+    "kfac-obs": Method(
+        "ours: second-order loss of removing units and re-fitting the others, budget by loss, least squares",
+        "this library; after van der Ouderaa et al., The LLM Surgeon, 2024, arXiv:2312.17244",
+        "gradients",
+        _kfac_obs,
+        samples=32,
+        length=512,
+        units=("kv", "mlp"),
+        ranking="lagrangian",
+        reconstruct="residual",
+        fit_samples=64,
+        fit_length=1024,
+    ),
     "taylor": Method(
         "weight times gradient, summed over a unit (LLM-Pruner); --taylor chooses the variant",
         "Ma et al., LLM-Pruner, 2023, arXiv:2305.11627",
@@ -115,6 +164,69 @@ METHODS: dict[str, Method] = {
         "weights",
         _first_layers,
         units=("layers",),
+    ),
+    "nirvana": Method(
+        "weight times gradient of the mean of the largest logits; KV groups and channels ranked apart",
+        "Ai et al., NIRVANA, 2025, arXiv:2509.14230",
+        "gradients",
+        _nirvana,
+        samples=32,
+        ranking="gamma",
+    ),
+    "flap": Method(
+        "fluctuation of a unit's activation times its weights, ranked globally; bias compensation",
+        "An et al., FLAP, 2024, arXiv:2312.11983",
+        "activations",
+        _observed(scorers.fluctuation),
+        samples=1024,
+        ranking="global",
+        reconstruct="bias",
+        units=("kv", "mlp"),
+    ),
+    "wanda-sp": Method(
+        "weight magnitude times input norm, summed over a unit",
+        "An et al., FLAP, 2024, arXiv:2312.11983, after Sun et al., Wanda, 2023, arXiv:2306.11695",
+        "activations",
+        _observed(scorers.wanda),
+        samples=128,
+        units=("kv", "mlp"),
+    ),
+    "llm-bip": Method(
+        "change of the block's output when a unit goes (reconstructed from the abstract)",
+        "Wu, LLM-BIP, 2024, arXiv:2412.06419",
+        "activations",
+        _observed(scorers.llm_bip),
+        samples=128,
+        units=("kv", "mlp"),
+    ),
+    "numerical": Method(
+        "relaxed mask by Newton's method in closed form, ranked globally; least-squares compensation",
+        "Shen et al., Numerical Pruning, 2024, arXiv:2412.12441",
+        "activations",
+        _observed(scorers.numerical),
+        samples=32,
+        length=512,
+        ranking="global",
+        reconstruct="weights",
+        units=("kv", "mlp"),
+    ),
+    "shortgpt": Method(
+        "cosine between a layer's input and output; removes whole layers",
+        "Men et al., ShortGPT, 2024, arXiv:2403.03853",
+        "activations",
+        _observed(scorers.block_influence),
+        samples=64,
+        length=256,
+        units=("layers",),
+    ),
+    "sublayers": Method(
+        "cosine between a sublayer's input and output; removes whole attentions and MLPs",
+        "He et al., What Matters in Transformers?, 2024, arXiv:2406.15786",
+        "activations",
+        _observed(scorers.block_influence, sublayers=True),
+        samples=64,
+        length=256,
+        units=("sublayers",),
     ),
     "random": Method("random units: what every method must beat", "-", "weights", _random, units=ALL),
 }

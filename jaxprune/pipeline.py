@@ -1,4 +1,4 @@
-"""The whole flow of pruning on one screen: score, allocate, select, cut, as often as asked, then prove the cut."""
+"""The whole flow of pruning on one screen: score, allocate, select, reconstruct, cut, as often as asked."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune import _shapes, allocate, methods, scorers, surgery
+from jaxprune import _shapes, allocate, methods, recovery, scorers, surgery
+from jaxprune._losses import Progress
 from jaxprune.models import LlamaConfig, Params, PerLayer, probes, unit_counts
 from jaxprune.plan import Plan, select
 
@@ -20,26 +21,31 @@ class Settings:
     Attributes:
       method: a name in `methods.METHODS`.
       ratio: fraction of the parameters of the attention and MLP matrices of all layers to remove, in (0, 1).
-      units: names of the units that may go: `kv` and `mlp`, or `layers`, or `hidden`.
-      ranking: `local`, the same widths in every layer, or `global`, the lowest scores wherever they are.
+      units: names of the units that may go: `kv` and `mlp`, or `layers`, or `sublayers`, or `hidden`.
+      ranking: how the budget is spread over layers, a name in `methods.RANKINGS`, or None for the method's own.
+      reconstruct: what the weights that stay are fitted to, a name in `recovery.TARGETS` or `none`, or None for the method's
+        own.
       layers: layers that may be pruned, half-open, or None for all.
       protect_first, protect_last: layers at the ends that are left alone.
       steps: times that the model is scored and cut, towards the ratio in equal steps.
       multiple_of: MLP widths that change are multiples of this.
+      min_kept: every MLP keeps at least this fraction of its channels.
       max_distinct: at most this many different layer shapes, or None.
       taylor, aggregate: see `methods.Options`.
       seed: of random numbers.
     """
 
-    method: str = "taylor"
+    method: str = methods.DEFAULT
     ratio: float = 0.2
     units: tuple[str, ...] = ("kv", "mlp")
-    ranking: str = "local"
+    ranking: str | None = None
+    reconstruct: str | None = None
     layers: tuple[int, int] | None = None
     protect_first: int = 0
     protect_last: int = 0
     steps: int = 1
     multiple_of: int = 8
+    min_kept: float = 0.0
     max_distinct: int | None = None
     taylor: str = "param_first"
     aggregate: str | None = None
@@ -49,8 +55,12 @@ class Settings:
         method = methods.find(self.method)
         if not 0 < self.ratio < 1:
             raise ValueError(f"ratio: {self.ratio} given; allowed is between 0 and 1, both excluded")
-        if self.ranking not in ("local", "global"):
-            raise ValueError(f"ranking: {self.ranking!r} given; allowed are local and global")
+        if self.ranking is not None and self.ranking not in methods.RANKINGS:
+            raise ValueError(f"ranking: {self.ranking!r} given; allowed are {', '.join(methods.RANKINGS)}")
+        if self.reconstruct is not None and self.reconstruct not in ("none", *recovery.TARGETS):
+            raise ValueError(f"reconstruct: {self.reconstruct!r} given; allowed are none, {', '.join(recovery.TARGETS)}")
+        if self.target is not None and {"hidden"} & set(self.units):
+            raise ValueError(f"reconstruct: {self.target} given; there is none for hidden channels; set it to none")
         for name in ("steps", "multiple_of", "max_distinct"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}: {number} given; ask for at least 1")
@@ -61,15 +71,21 @@ class Settings:
         unknown = set(self.units) - methods.UNITS.keys()
         if unknown or not self.units:
             raise ValueError(f"units: {','.join(self.units)!r} given; allowed are {', '.join(methods.UNITS)}")
-        if len(self.units) > 1 and {"layers", "hidden"} & set(self.units):
+        if len(self.units) > 1 and not set(self.units) <= {"kv", "mlp"}:
             raise ValueError(
-                f"units: {','.join(self.units)} given; layers and hidden stand alone; prune the result again for the others"
+                f"units: {','.join(self.units)} given; only kv and mlp go together; prune the result again for the others"
             )
         if not set(self.units) <= set(method.units):
             raise ValueError(
                 f"units: {self.method} cannot score {', '.join(sorted(set(self.units) - set(method.units)))}; "
                 f"it scores {', '.join(method.units)}: set --units"
             )
+
+    @property
+    def target(self) -> str | None:
+        """What is reconstructed, or None."""
+        name = methods.find(self.method).reconstruct if self.reconstruct is None else self.reconstruct
+        return None if name == "none" else name
 
     def constraints(self, cfg: LlamaConfig) -> allocate.Constraints:
         """The layers and units that may go, on a model."""
@@ -79,7 +95,10 @@ class Settings:
         stop = min(stop, n - self.protect_last) if self.protect_last else stop
         letters = "".join(methods.UNITS[u] for u in self.units)
         return allocate.Constraints(
-            layers=(start, stop), units=letters if set(letters) <= set("kf") else "kf", multiple_of=self.multiple_of
+            layers=(start, stop),
+            units=letters if set(letters) <= set("kf") else "kf",
+            multiple_of=self.multiple_of,
+            min_kept=self.min_kept,
         )
 
 
@@ -91,6 +110,7 @@ class Pruned(NamedTuple):
       plan: what was kept.
       scores: of the first step, per layer, axis letter -> float32[units].
       notes: what the user should know, one line each.
+      updates: what changed weights that stay, and the names of their arrays.
     """
 
     params: Params
@@ -98,18 +118,28 @@ class Pruned(NamedTuple):
     plan: Plan
     scores: PerLayer
     notes: tuple[str, ...]
+    updates: tuple[dict[str, Any], ...] = ()
 
 
 def prune(
-    params: Params, cfg: LlamaConfig, tokens: Any, settings: Settings, on_step: Callable[[str], None] = lambda what: None
+    params: Params,
+    cfg: LlamaConfig,
+    tokens: Any,
+    settings: Settings,
+    on_step: Callable[[str], None] = lambda what: None,
+    *,
+    fit_tokens: Any = None,
+    progress: Progress | None = None,
 ) -> Pruned:
-    """Scores the units of a model, allocates the budget over its layers and cuts.
+    """Scores the units of a model, allocates the budget over its layers, reconstructs what stays and cuts.
 
     Args:
       params, cfg: the model.
       tokens: int32[samples * steps, t]: each step reads its own samples. None for methods that need weights alone.
       settings: what to do.
       on_step: called with what begins.
+      fit_tokens: int32[samples, t] for reconstruction, or None for `tokens`.
+      progress: wraps sequences that take long; called with one and a description.
 
     Returns:
       The smaller model and its plan.
@@ -130,14 +160,43 @@ def prune(
     for step in range(settings.steps):
         on_step(f"scoring, step {step + 1} of {settings.steps}")
         batch = None if tokens is None else np.array_split(np.asarray(tokens), settings.steps)[step]
-        scores = _score(small, now, batch, settings, settings.seed + step)
+        scores = _score(small, now, batch, settings, settings.seed + step, progress)
         first = first or scores
         on_step(f"cutting, step {step + 1} of {settings.steps}")
         target = round(cfg.decoder_parameters * settings.ratio * (step + 1) / settings.steps)
         more = _plan(scores, now, target - (cfg.decoder_parameters - now.decoder_parameters), settings)
-        small, now = surgery.cut(small, now, more)
         plan = plan.then(more)
-    return Pruned(small, now, plan, first, _notes(cfg, now, settings))
+        fit = tokens if fit_tokens is None else fit_tokens
+        small, now, _, _, _, updates = by_plan(params, cfg, plan, fit, settings.target, progress=progress)
+    return Pruned(small, now, plan, first, _notes(cfg, now, settings), updates)
+
+
+def by_plan(
+    params: Params, cfg: LlamaConfig, plan: Plan, tokens: Any, target: str | None, *, progress: Progress | None = None
+) -> Pruned:
+    """Reconstructs and cuts by a plan that is there already.
+
+    Args:
+      params, cfg: the model.
+      plan: what to keep.
+      tokens: int32[samples, t] for reconstruction; not read without one.
+      target: see `recovery.reconstruct`; None or `none` leaves the weights as they are.
+      progress: as in `prune`.
+
+    Raises:
+      ValueError: the plan does not fit the model, or there are no tokens to reconstruct on.
+    """
+    updates: tuple[dict[str, Any], ...] = ()
+    fitted, fitted_cfg = params, cfg
+    if target not in (None, "none"):
+        if tokens is None:
+            raise ValueError(f"reconstruct: {target} given, which reads calibration tokens; give some, or set it to none")
+        batches = _batches(np.asarray(tokens))
+        plan.check(cfg)
+        fitted, fitted_cfg = recovery.reconstruct(params, cfg, plan.keep, batches, target=target, progress=progress)
+        arrays = ["o_bias", "down_bias"] if target == "bias" else ["o", "down"]
+        updates = ({"by": f"reconstruction, {target}", "arrays": arrays},)
+    return Pruned(*surgery.cut(fitted, fitted_cfg, plan), plan, (), (), updates)
 
 
 def identity(cfg: LlamaConfig, settings: Settings) -> Plan:
@@ -147,15 +206,26 @@ def identity(cfg: LlamaConfig, settings: Settings) -> Plan:
     return Plan(tuple({a: np.arange(n) for a, n in layer.items()} for layer in counts), counts)
 
 
-def _score(params, cfg, tokens, settings: Settings, seed: int) -> PerLayer:
+def _batches(tokens: np.ndarray) -> list[np.ndarray]:
+    """Few batches of equal size, of about `MICROBATCH_TOKENS` tokens."""
+    size = _divisor(tokens.shape)
+    return [tokens[i : i + size] for i in range(0, len(tokens), size)]
+
+
+def _divisor(shape: tuple[int, int]) -> int:
+    """The most sequences that divide all of them and have at most `MICROBATCH_TOKENS` tokens."""
+    most = max(1, MICROBATCH_TOKENS // shape[1])
+    return max(m for m in range(1, shape[0] + 1) if shape[0] % m == 0 and m <= most)
+
+
+def _score(params, cfg, tokens, settings: Settings, seed: int, progress: Progress | None) -> PerLayer:
     units = "d" if settings.units == ("hidden",) else "kf"
-    microbatch = None
-    if tokens is not None:
-        most = max(1, MICROBATCH_TOKENS // tokens.shape[1])
-        microbatch = max(m for m in range(1, tokens.shape[0] + 1) if tokens.shape[0] % m == 0 and m <= most)
+    microbatch = None if tokens is None else _divisor(tokens.shape)
     options = methods.Options(settings.taylor, settings.aggregate, seed, microbatch, units)
     scorer = methods.find(settings.method).scorer(cfg, options)
-    return scorers.score(scorer, params, probes(cfg, units), () if tokens is None else (tokens,))
+    batches = [] if tokens is None else _batches(tokens) if scorer.additive else [tokens]
+    wrapped = batches if progress is None or len(batches) < 2 else progress(batches, "scoring")
+    return scorers.score(scorer, params, probes(cfg, units), wrapped)
 
 
 def _plan(scores: PerLayer, cfg: LlamaConfig, budget: int, settings: Settings) -> Plan:
@@ -164,13 +234,18 @@ def _plan(scores: PerLayer, cfg: LlamaConfig, budget: int, settings: Settings) -
         kept = round(cfg.d * (1 - budget / cfg.decoder_parameters) / step) * step
         return select(scores, ({"d": min(max(kept, step), cfg.d)},) * len(cfg.layers))
     constraints = settings.constraints(cfg)
-    if settings.units == ("layers",):
-        return select(scores, allocate.whole_layers(scores, cfg, budget, constraints))
-    allocator = allocate.local if settings.ranking == "local" else allocate.global_
-    widths = allocator(scores, cfg, budget, constraints)
+    if settings.units in (("layers",), ("sublayers",)):
+        rule = allocate.whole_layers if settings.units == ("layers",) else allocate.sublayers
+        return _all_or_nothing(rule(scores, cfg, budget, constraints), cfg)
+    method = methods.find(settings.method)
+    widths = methods.RANKINGS[settings.ranking or method.ranking](scores, cfg, budget, constraints)
     if settings.max_distinct is not None:
         widths = _shapes.merge(widths, cfg, budget, constraints, settings.max_distinct)
     return select(scores, widths)
+
+
+def _all_or_nothing(widths: PerLayer, cfg: LlamaConfig) -> Plan:
+    return Plan(tuple({a: np.arange(n) for a, n in layer.items()} for layer in widths), unit_counts(cfg, "kf"))
 
 
 def _notes(cfg: LlamaConfig, small: LlamaConfig, settings: Settings) -> tuple[str, ...]:
@@ -178,6 +253,7 @@ def _notes(cfg: LlamaConfig, small: LlamaConfig, settings: Settings) -> tuple[st
     if abs(reached - settings.ratio) <= 0.005:
         return ()
     reasons: dict[tuple[str, ...], str] = {
+        ("sublayers",): "attentions and MLPs are removed whole",
         ("layers",): f"one layer is {1 / len(cfg.layers):.1%} of the decoder",
         ("hidden",): f"the width is cut in steps of {settings.multiple_of} of {cfg.d} channels",
         ("kv",): "KV groups are removed whole",

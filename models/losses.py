@@ -53,7 +53,7 @@ def loss_fn(
     ((2,), True)
     """
 
-    def losses(params: Params, probes: Probes, tokens: Tokens) -> Float[Array, " b"]:
+    def losses(params: Params, probes: Probes, tokens: Tokens | dict[str, jax.Array]) -> Float[Array, " b"]:
         inputs, targets = (tokens["inputs"], tokens["targets"]) if isinstance(tokens, dict) else (tokens[:, :-1], tokens[:, 1:])
         x = hidden(params, inputs, cfg, probes, remat=remat, microbatch=microbatch, axis_name=axis_name)
         return token_losses(params, x, targets, cfg, chunk).mean(-1)

@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 import jax
 import numpy as np
 
-from jaxprune import data, folder, methods, models, pipeline, proof, surgery
+from jaxprune import data, folder, methods, models, pipeline, proof
 from jaxprune._files import atomic_folder
+from jaxprune._progress import progress
 from jaxprune.commands._common import ModelName, Output, check_tokens, flag, layer_range, peak_memory, say, stage
 
 
@@ -42,13 +43,29 @@ class Scoring:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """How the weights that stay make up for those that go, in closed form."""
+
+    reconstruct: Annotated[str | None, flag("NAME", "the method's own")] = None
+    """none; least squares towards what the dense layer adds (dense), towards what all units would add after the layers before
+    are pruned (weights), or towards the dense model's residual stream (residual); a bias for the mean of what goes (bias)."""
+    fit_samples: Annotated[int | None, flag("N", "the method's own")] = None
+    """Sequences of calibration text that the weights are fitted on."""
+    fit_length: Annotated[int | None, flag("T", "the method's own")] = None
+    """Tokens in such a sequence."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
     """Where units may go, and what shapes may come out."""
 
-    ranking: Literal["local", "global"] = "local"
-    """local: the same widths in every layer. global: the lowest scores, wherever they are."""
+    ranking: Annotated[str | None, flag("NAME", "the method's own")] = None
+    """How the budget is spread over layers. local: the same widths in every layer. global: the lowest scores anywhere.
+    standardized: globally, after each layer's scores are standardised. gamma: KV groups and channels apart. linear, log: more
+    from later layers. lagrangian: least loss in sum, for scores that are curves of loss (kfac-obs)."""
     units: Annotated[str | None, flag("A,B", "kv,mlp, or what the method scores")] = None
-    """kv,mlp (KV groups and MLP channels, or one of them), layers (whole layers) or hidden (residual channels)."""
+    """kv,mlp (KV groups and MLP channels, or one of them), layers (whole layers), sublayers (whole attentions and MLPs) or
+    hidden (residual channels)."""
     layers: Annotated[str | None, flag("A:B", "all layers")] = None
     """A:B, prune only layers A to B-1."""
     protect_first: Annotated[int, flag("N")] = 0
@@ -57,6 +74,8 @@ class Shape:
     """Leave the last N layers alone."""
     multiple_of: Annotated[int, flag("N")] = 8
     """MLP widths are multiples of this."""
+    min_kept: Annotated[float, flag("F")] = 0.0
+    """Every MLP keeps at least this fraction of its channels."""
     max_distinct: Annotated[int | None, flag("N", "no limit")] = None
     """At most this many different layer shapes."""
 
@@ -73,7 +92,7 @@ class Prune:
     """Folder to write."""
     ratio: Annotated[float, flag("R")] = 0.2
     """Fraction of the parameters of all attention and MLP matrices to remove."""
-    method: Annotated[str, flag("NAME")] = "taylor"
+    method: Annotated[str, flag("NAME")] = methods.DEFAULT
     """How units are scored; `jaxprune methods` lists them."""
     plan: Annotated[Path | None, flag("FILE", "none")] = None
     """Cut by this plan (a plan or a jaxprune.json) instead of scoring."""
@@ -83,6 +102,7 @@ class Prune:
     """Replace the output folder if it has content."""
     calibration: Calibration = Calibration()
     scoring: Scoring = Scoring()
+    reconstruction: Reconstruction = Reconstruction()
     shape: Shape = Shape()
     output: Output = Output()
 
@@ -95,6 +115,8 @@ class Prune:
             ratio=self.ratio,
             units=units,
             ranking=self.shape.ranking,
+            reconstruct=self.reconstruction.reconstruct,
+            min_kept=self.shape.min_kept,
             layers=layer_range(self.shape.layers),
             protect_first=self.shape.protect_first,
             protect_last=self.shape.protect_last,
@@ -110,26 +132,39 @@ class Prune:
 def run(args: Prune) -> dict[str, Any]:
     """Prunes and saves; returns what happened, for a table."""
     settings, seconds = args.settings(), dict[str, float]()
-    reads_text = args.plan is None and methods.find(args.method).needs != "weights"
+    scores_text = args.plan is None and methods.find(args.method).needs != "weights"
+    target = settings.target if args.plan is None else args.reconstruction.reconstruct
+    reads_text = scores_text or target not in (None, "none")
     if args.calibration.calibration_sha256 is not None and not reads_text:
         raise ValueError(f"calibration_sha256: given, but {'--plan' if args.plan else args.method} reads no text; leave it out")
     with atomic_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
             model = folder.load(args.model, args.dtype)
-        tokens = calibration = None
+        tokens = fit_tokens = calibration = None
         if reads_text:
             with stage("reading calibration text", seconds):
                 calibration = calibration_tokens(args, model)
                 tokens = calibration.tokens
+                if target not in (None, "none"):
+                    fit_tokens = reconstruction_tokens(args, model, calibration).tokens
         with stage("pruning", seconds):
             if args.plan is None:
-                pruned = pipeline.prune(model.params, model.cfg, tokens, settings, say)
+                pruned = pipeline.prune(
+                    model.params, model.cfg, tokens, settings, say, fit_tokens=fit_tokens, progress=progress
+                )
             else:
-                plan = folder.read_plan(args.plan)
-                pruned = pipeline.Pruned(*surgery.cut(model.params, model.cfg, plan), plan, (), ())
+                pruned = pipeline.by_plan(
+                    model.params, model.cfg, folder.read_plan(args.plan), fit_tokens, target, progress=progress
+                )
         with stage("verifying", seconds):
             report = proof.verify(
-                model.params, model.cfg, pruned.params, pruned.cfg, pruned.plan, probe_tokens(tokens, model.cfg)
+                model.params,
+                model.cfg,
+                pruned.params,
+                pruned.cfg,
+                pruned.plan,
+                probe_tokens(tokens, model.cfg),
+                tuple(name for update in pruned.updates for name in update["arrays"]),
             )
         if not report.exact:
             raise AssertionError(f"the cut is not exact: {report}; please report this")
@@ -140,11 +175,11 @@ def run(args: Prune) -> dict[str, Any]:
             plan=json.loads(pruned.plan.to_json()),
             method=dict(name="plan" if args.plan else args.method) | ({} if args.plan else dataclasses.asdict(settings)),
             source=args.model,
-            calibration=None if calibration is None else described(calibration),
+            calibration=None if calibration is None else described(calibration, fit_tokens),
             seed=args.calibration.seed,
             versions=folder.versions(),
             metrics=result,
-            updates=[],
+            updates=list(pruned.updates),
             before=model.record,
         )
         with stage("saving", seconds):
@@ -155,26 +190,52 @@ def run(args: Prune) -> dict[str, Any]:
 
 
 def calibration_tokens(args: Prune, model: folder.Model) -> data.Calibration:
-    """The calibration tokens that the flags ask for, each step's own."""
+    """The calibration tokens that the flags ask for, each step's own.
+
+    Where the number of samples is the method's own, a shorter text gives fewer.
+    """
     method, flags = methods.find(args.method), args.calibration
-    found = data.token_blocks(
-        flags.calibration,
-        model.tokenizer,
-        samples=(method.samples if flags.samples is None else flags.samples) * args.scoring.steps,
-        length=method.length if flags.length is None else flags.length,
-        seed=flags.seed,
-        sampler=lambda n, t, seed: data.self_blocks(model.params, model.cfg, samples=n, length=t, key=jax.random.key(seed)),
-    )
+    samples = (method.samples if flags.samples is None else flags.samples) * args.scoring.steps
+    found = _draw(args, model, samples, method.length if flags.length is None else flags.length, flags.samples is None)
     if flags.calibration_sha256 is not None:
         data.check_sha256(flags.calibration_sha256, found.sha256, flags.calibration)
-    check_tokens(found.tokens, model.cfg, flags.calibration)
     return found
 
 
-def described(calibration: data.Calibration) -> dict[str, Any]:
+def reconstruction_tokens(args: Prune, model: folder.Model, calibration: data.Calibration) -> data.Calibration:
+    """The tokens that weights are fitted on: those of the scores, unless the method or the flags ask for others."""
+    method, flags = methods.find(args.method), args.reconstruction
+    own = args.plan is None and args.calibration.calibration != "self"
+    samples = flags.fit_samples or (method.fit_samples if own else 0)
+    length = flags.fit_length or (method.fit_length if own else 0)
+    if not (samples or length):
+        return calibration
+    default = calibration.tokens.shape
+    return _draw(args, model, samples or default[0], length or default[1], flags.fit_samples is None)
+
+
+def _draw(args: Prune, model: folder.Model, samples: int, length: int, or_fewer: bool) -> data.Calibration:
+    flags = args.calibration
+    found = data.token_blocks(
+        flags.calibration,
+        model.tokenizer,
+        samples=samples,
+        length=length,
+        seed=flags.seed,
+        or_fewer=or_fewer,
+        sampler=lambda n, t, seed: data.self_blocks(model.params, model.cfg, samples=n, length=t, key=jax.random.key(seed)),
+    )
+    check_tokens(found.tokens, model.cfg, flags.calibration)
+    if len(found.tokens) < samples:
+        say(f"note: {flags.calibration} has {len(found.tokens)} windows of {length} tokens, the method would take {samples}")
+    return found
+
+
+def described(calibration: data.Calibration, fit_tokens: Any = None) -> dict[str, Any]:
     """What the record says of calibration data."""
     samples, length = calibration.tokens.shape
-    return dict(source=calibration.source, sha256=calibration.sha256, samples=samples, length=length)
+    fit = {} if fit_tokens is None else dict(fit_samples=len(fit_tokens), fit_length=fit_tokens.shape[1])
+    return dict(source=calibration.source, sha256=calibration.sha256, samples=samples, length=length) | fit
 
 
 def probe_tokens(tokens: Any, cfg: models.LlamaConfig) -> Any:

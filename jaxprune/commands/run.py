@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from jaxprune import data, folder, report
+from jaxprune import data, folder, methods, report
 from jaxprune._decode import check_file
 from jaxprune.commands import evaluate, prune, recover, verify
 from jaxprune.commands._common import ModelName, Output, flag
@@ -65,7 +65,7 @@ class Run:
     """Folder for the models (pruned/, recovered/), the numbers (*.json), the figures and report.html."""
     ratio: Annotated[float, flag("R")] = 0.2
     """Fraction of the parameters of all attention and MLP matrices to remove."""
-    method: Annotated[str, flag("NAME")] = "taylor"
+    method: Annotated[str, flag("NAME")] = methods.DEFAULT
     """How units are scored; `jaxprune methods` lists them."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
@@ -73,6 +73,7 @@ class Run:
     """Begin anew in a folder that holds another run."""
     calibration: prune.Calibration = prune.Calibration()
     scoring: prune.Scoring = prune.Scoring()
+    reconstruction: prune.Reconstruction = prune.Reconstruction()
     shape: prune.Shape = prune.Shape()
     recovery: Recovery = Recovery()
     evaluation: Evaluation = Evaluation()
@@ -82,7 +83,7 @@ class Run:
         """The flags of the pruning stage."""
         return prune.Prune(
             model=self.model, out=self.out / "pruned", ratio=self.ratio, method=self.method, dtype=self.dtype, overwrite=True,
-            calibration=self.calibration, scoring=self.scoring, shape=self.shape,
+            calibration=self.calibration, scoring=self.scoring, reconstruction=self.reconstruction, shape=self.shape,
         )  # fmt: skip
 
     def recover_flags(self) -> recover.Recover:

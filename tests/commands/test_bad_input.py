@@ -23,7 +23,7 @@ def prune(refused, model, tmp_path):
         (("--ratio", "nan"), "ratio: nan given"),
         (("--ratio", 0.99, "--method", "random"), "at most 70.0% can go; lower --ratio"),
         (("--ratio", 0.99, "--method", "random", "--units", "layers"), "which is every layer; lower --ratio"),
-        (("--method", "tailor"), "method: 'tailor' given; allowed are taylor, "),
+        (("--method", "tailor"), "method: 'tailor' given; allowed are kfac-obs, taylor, "),
         (("--layers", "3"), "layers: '3' given; give A:B"),
         (("--layers", "1:1", "--method", "random"), "layers: 1:1 given; this model has layers 0:2"),
         (("--layers", "0:3", "--method", "random"), "layers: 0:3 given; this model has layers 0:2"),

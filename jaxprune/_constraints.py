@@ -1,0 +1,82 @@
+"""What an allocation may do, and what it removes."""
+
+import dataclasses
+import math
+
+from jaxprune.models import LlamaConfig, unit_costs
+from jaxprune.plan import Widths
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Constraints:
+    """What an allocation may do.
+
+    Attributes:
+      layers: layers that may be pruned, half-open; None is all.
+      units: axis letters that may be pruned.
+      multiple_of: MLP widths that change are multiples of this.
+      min_kept: every MLP keeps at least this fraction of its channels.
+    """
+
+    layers: tuple[int, int] | None = None
+    units: str = "kf"
+    multiple_of: int = 1
+    min_kept: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.min_kept < 1:
+            raise ValueError(f"min_kept: {self.min_kept} given; allowed is 0 or more and less than 1")
+        if self.multiple_of < 1:
+            raise ValueError(f"multiple_of: {self.multiple_of} given; ask for at least 1")
+        if not self.units or set(self.units) - set("kf"):
+            raise ValueError(f"units: {self.units!r} given; allowed are k (KV groups), f (MLP channels) or both")
+
+    def chosen(self, cfg: LlamaConfig) -> range:
+        """The layers that may be pruned.
+
+        Raises:
+          ValueError: the range is empty or leaves the model.
+        """
+        n = len(cfg.layers)
+        start, stop = self.layers or (0, n)
+        if not 0 <= start < stop <= n:
+            raise ValueError(
+                f"layers: {start}:{stop} given; this model has layers 0:{n}; give a range inside it that is not empty"
+            )
+        return range(start, stop)
+
+    def fewest(self, axis: str, have: int) -> int:
+        """The least number of units that a layer with `have` of them keeps on an axis: a multiple, at least one."""
+        step = self.multiple_of
+        return 1 if axis == "k" else min(max(step, math.ceil(self.min_kept * have / step) * step), have)
+
+
+def reachable(cfg: LlamaConfig, constraints: Constraints) -> int:
+    """The most parameters that can be removed."""
+    costs = unit_costs(cfg)
+    return sum(
+        costs[i][a] * (n - constraints.fewest(a, n))
+        for i in constraints.chosen(cfg)
+        for a, n in full_widths(cfg)[i].items()
+        if a in constraints.units
+    )
+
+
+def full_widths(cfg: LlamaConfig) -> list[dict[str, int]]:
+    """Units of the model, per layer and axis letter, `k` before `f`."""
+    return [{a: cfg.sizes(dims)[a] for a in "kf" if cfg.sizes(dims)[a]} for dims in cfg.layers]
+
+
+def check(cfg: LlamaConfig, budget: int, constraints: Constraints) -> None:
+    most = reachable(cfg, constraints)
+    if budget > most:
+        raise ValueError(
+            f"budget: removing {budget / cfg.decoder_parameters:.1%} of the decoder given; with these layers, units and "
+            f"multiples at most {most / cfg.decoder_parameters:.1%} can go; lower --ratio, widen --layers or prune more --units"
+        )
+
+
+def removed(cfg: LlamaConfig, widths: Widths) -> int:
+    """Parameters of attention and MLP matrices that an allocation removes."""
+    costs, full = unit_costs(cfg), full_widths(cfg)
+    return sum(costs[i][a] * (full[i][a] - n) for i, layer in enumerate(widths) for a, n in layer.items())
