@@ -105,6 +105,7 @@ RANKINGS: dict[str, allocate.Allocator] = {
     "linear": allocate.depth("linear"),
     "log": allocate.depth("log"),
     "lagrangian": allocate.lagrangian(0.85, 1.5),
+    "sensitivity": allocate.lagrangian(),
 }
 
 DEFAULT = "kfac-obs"

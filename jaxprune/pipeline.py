@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune import _shapes, allocate, methods, recovery, scorers, surgery
+from jaxprune import _shapes, allocate, methods, recovery, scorers, sensitivity, surgery
 from jaxprune._losses import Progress
 from jaxprune.models import LlamaConfig, Params, PerLayer, probes, unit_counts
 from jaxprune.plan import Plan, select
@@ -80,6 +80,11 @@ class Settings:
                 f"units: {self.method} cannot score {', '.join(sorted(set(self.units) - set(method.units)))}; "
                 f"it scores {', '.join(method.units)}: set --units"
             )
+
+    @property
+    def allocation(self) -> str:
+        """How the budget is spread."""
+        return self.ranking or methods.find(self.method).ranking
 
     @property
     def target(self) -> str | None:
@@ -164,6 +169,8 @@ def prune(
         first = first or scores
         on_step(f"cutting, step {step + 1} of {settings.steps}")
         target = round(cfg.decoder_parameters * settings.ratio * (step + 1) / settings.steps)
+        if settings.allocation == "sensitivity":
+            scores = sensitivity.curves(small, now, scores, _few(batch), progress=progress)
         more = _plan(scores, now, target - (cfg.decoder_parameters - now.decoder_parameters), settings)
         plan = plan.then(more)
         fit = tokens if fit_tokens is None else fit_tokens
@@ -212,6 +219,13 @@ def _batches(tokens: np.ndarray) -> list[np.ndarray]:
     return [tokens[i : i + size] for i in range(0, len(tokens), size)]
 
 
+def _few(tokens: np.ndarray | None) -> np.ndarray:
+    """At most `MICROBATCH_TOKENS` tokens to measure losses on."""
+    if tokens is None:
+        raise ValueError("ranking: sensitivity measures losses, and this method reads no text; choose another ranking")
+    return tokens[: _divisor(tokens.shape)]
+
+
 def _divisor(shape: tuple[int, int]) -> int:
     """The most sequences that divide all of them and have at most `MICROBATCH_TOKENS` tokens."""
     most = max(1, MICROBATCH_TOKENS // shape[1])
@@ -237,8 +251,7 @@ def _plan(scores: PerLayer, cfg: LlamaConfig, budget: int, settings: Settings) -
     if settings.units in (("layers",), ("sublayers",)):
         rule = allocate.whole_layers if settings.units == ("layers",) else allocate.sublayers
         return _all_or_nothing(rule(scores, cfg, budget, constraints), cfg)
-    method = methods.find(settings.method)
-    widths = methods.RANKINGS[settings.ranking or method.ranking](scores, cfg, budget, constraints)
+    widths = methods.RANKINGS[settings.allocation](scores, cfg, budget, constraints)
     if settings.max_distinct is not None:
         widths = _shapes.merge(widths, cfg, budget, constraints, settings.max_distinct)
     return select(scores, widths)

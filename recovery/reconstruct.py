@@ -92,7 +92,7 @@ def reconstruct(
         for axis in "kf":
             if (n := cfg.sizes(dims)[axis]) == 0:
                 continue
-            kept = np.asarray(keep[layer].get(axis, range(n)))
+            kept = np.asarray(keep[layer].get(axis, range(n)), np.int64)
             sums, next_dense = _sums(p, axis, dense, pruned, target, len(kept) < n, cfg)
             if len(kept) < n:
                 new |= _fitted(p, axis, kept, sums, target, damp, cfg)

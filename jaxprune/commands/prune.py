@@ -62,7 +62,8 @@ class Shape:
     ranking: Annotated[str | None, flag("NAME", "the method's own")] = None
     """How the budget is spread over layers. local: the same widths in every layer. global: the lowest scores anywhere.
     standardized: globally, after each layer's scores are standardised. gamma: KV groups and channels apart. linear, log: more
-    from later layers. lagrangian: least loss in sum, for scores that are curves of loss (kfac-obs)."""
+    from later layers. lagrangian: least loss in sum, for scores that are curves of loss (kfac-obs).
+    sensitivity: the same with measured curves."""
     units: Annotated[str | None, flag("A,B", "kv,mlp, or what the method scores")] = None
     """kv,mlp (KV groups and MLP channels, or one of them), layers (whole layers), sublayers (whole attentions and MLPs) or
     hidden (residual channels)."""
