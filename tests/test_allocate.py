@@ -20,6 +20,16 @@ TINYLLAMA = llama(22, 2048, 32, 4, 64, 5632, 32000)
 SMOLLM2 = llama(30, 576, 9, 3, 64, 1536, 49152, tie_embeddings=True)
 
 
+ALLOCATORS = dict(
+    local=allocate.local,
+    global_=allocate.global_,
+    gamma=allocate.gamma(3.36),
+    linear=allocate.depth("linear"),
+    log=allocate.depth("log", 1.0),
+    lagrangian=allocate.lagrangian(0.85, 1.5),
+)
+
+
 def after(cfg, widths):
     layers = tuple(LayerDims(w["k"], dims.q_per_kv, w["f"]) for dims, w in zip(cfg.layers, widths, strict=True))
     return models.count_parameters(dataclasses.replace(cfg, layers=layers))
@@ -55,7 +65,7 @@ def test_local_ranking_on_smollm2_leaves_attention_and_takes_a_third_of_the_chan
 
 
 @pytest.mark.parametrize("ratio", [0.03, 0.2, 0.5, 0.8])
-@pytest.mark.parametrize("allocator", [allocate.local, allocate.global_])
+@pytest.mark.parametrize("allocator", ALLOCATORS.values(), ids=ALLOCATORS)
 @pytest.mark.parametrize("multiple_of", [1, 8])
 def test_the_budget_is_met_within_half_a_point(ratio, allocator, multiple_of):
     constraints = Constraints(multiple_of=multiple_of)
@@ -119,3 +129,70 @@ def test_more_than_there_is_cannot_be_removed():
 def test_constraints_that_make_no_sense(options, message):
     with pytest.raises(ValueError, match=message):
         Constraints(**options).chosen(SMOLLM2)
+
+
+def test_gamma_takes_channels_that_many_times_as_readily():
+    """NIRVANA's counts for Llama-3.1-8B at one half: 44 of 256 groups and 57.8 % of the channels."""
+    widths = allocate.gamma(3.36)(scores_of(LLAMA_3_8B), LLAMA_3_8B, LLAMA_3_8B.decoder_parameters // 2, Constraints())
+    groups, channels = (sum(w[a] for w in widths) for a in "kf")
+    assert 256 - groups == 44
+    assert abs((458_752 - channels) - 265_197) < 1500  # the half group that was rounded down goes to the channels
+
+
+@pytest.mark.parametrize("schedule", ["linear", "log"])
+def test_depth_takes_more_from_later_layers(schedule):
+    cfg = SMOLLM2
+    widths = allocate.depth(schedule, 0.8)((), cfg, cfg.decoder_parameters // 3, Constraints(units="f"))
+    kept = [w["f"] for w in widths]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > kept[-1]
+    flat = allocate.depth(schedule, 0.0)((), cfg, cfg.decoder_parameters // 3, Constraints(units="f"))
+    assert len({w["f"] for w in flat}) == 1
+
+
+def test_lagrangian_is_the_best_of_all_allocations():
+    """At the budgets of the convex hull, where a price of parameters makes one allocation the best of all."""
+    cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 1, 5),) * 2)
+    rng = np.random.default_rng(3)
+    curves = tuple({a: np.cumsum(np.sort(rng.exponential(size=n))) for a, n in (("k", 2), ("f", 5))} for _ in cfg.layers)
+
+    def loss(widths):
+        gone = ((c[a], len(c[a]) - w[a]) for c, w in zip(curves, widths, strict=True) for a in w)
+        return sum(np.sort(c)[n - 1] for c, n in gone if n)
+
+    every = [({"k": a, "f": b}, {"k": c, "f": d}) for a in (1, 2) for b in range(1, 6) for c in (1, 2) for d in range(1, 6)]
+    best = [min(every, key=lambda w: loss(w) - price * allocate.removed(cfg, w)) for price in np.geomspace(1e-5, 1e-1, 40)]
+    budgets = {allocate.removed(cfg, w): w for w in best if allocate.removed(cfg, w)}
+    assert len(budgets) > 5
+    for budget, want in budgets.items():
+        assert allocate.lagrangian()(curves, cfg, budget, Constraints()) == want
+
+
+def test_every_mlp_keeps_its_floor():
+    curves = scores_of(SMOLLM2)
+    for allocator in ALLOCATORS.values():
+        widths = allocator(curves, SMOLLM2, SMOLLM2.decoder_parameters // 2, Constraints(multiple_of=8, min_kept=0.3))
+        assert min(w["f"] for w in widths) >= 0.3 * 1536
+
+
+def test_sublayers_go_whole():
+    scores = tuple({"k": np.full(3, 5.0 - i % 5), "f": np.full(1536, 9.0 + i)} for i in range(30))
+    widths = allocate.sublayers(scores, SMOLLM2, SMOLLM2.decoder_parameters // 10, Constraints())
+    assert {w["k"] for w in widths} == {0, 3}
+    assert all(w["k"] == 0 for i, w in enumerate(widths) if i % 5 == 4)
+    assert all(w["f"] == 1536 for w in widths)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: allocate.gamma(0.0), "gamma: 0.0 given"),
+        (lambda: allocate.depth("cubic"), "schedule: 'cubic' given; allowed are linear and log"),
+        (lambda: allocate.depth("log", 2.0), "slope: 2.0 given"),
+        (lambda: allocate.lagrangian(0.0), "lagrangian: power 0.0"),
+        (lambda: Constraints(min_kept=1.0), "min_kept: 1.0 given"),
+    ],
+)
+def test_settings_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
