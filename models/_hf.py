@@ -174,7 +174,7 @@ def _refuse(config: dict[str, Any], family: str) -> None:
 
 
 def _can_say(family: str, cfg: LlamaConfig, dims: LayerDims) -> bool:
-    if cfg.sliding_window is not None and family != "mistral":
+    if cfg.sliding_window is not None and family != "mistral" or dict(cfg.rope_scaling).get("rope_type") == "grid":
         return False
     divisible = cfg.d % (dims.kv_heads * dims.q_per_kv) == 0
     return dict(llama=divisible, mistral=not cfg.biases, qwen2=set(cfg.biases) == set("qkv"))[family]

@@ -14,6 +14,7 @@ NEEDED = dict(
     yarn=("factor",),
     longrope=("short_factor", "long_factor"),
     llama3=("factor", "low_freq_factor", "high_freq_factor"),
+    grid=("columns", "first"),
 )
 OWN_LENGTH = ("llama3", "yarn", "longrope")  # these say how long the sequences of the original training were
 

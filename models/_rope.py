@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxprune.models.config import LlamaConfig
 
-SCALINGS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
+SCALINGS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "grid")  # the last is ours
 
 
 def frequencies(cfg: LlamaConfig, length: int) -> tuple[np.ndarray, float]:
@@ -71,9 +71,27 @@ def _yarn(s: dict, inv: np.ndarray, cfg: LlamaConfig) -> tuple[np.ndarray, float
 
 def tables(cfg: LlamaConfig, positions: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
     """cos and sin, float32[t, h/2], at int32[t] positions."""
+    if dict(cfg.rope_scaling).get("rope_type") == "grid":
+        return _grid(cfg, positions)
     inv, factor = frequencies(cfg, length)
     angles = positions[:, None].astype(jnp.float32) * jnp.asarray(inv, jnp.float32)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def _grid(cfg: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rotations of image tokens in raster order: half of the pairs turn with the row, half with the column.
+
+    `rope_scaling` has `columns` of the image and `first`, the position of its first token; tokens before it do not turn.
+
+    Reference: Sun et al., `LlamaGen <https://arxiv.org/abs/2406.06525>`_, 2024, section 2.2, whose code multiplies the queries and
+    keys of the class token by zero instead.
+    """
+    s, quarter = dict(cfg.rope_scaling), cfg.head_dim // 4
+    inv = jnp.asarray(cfg.rope_theta ** -(np.arange(quarter) / quarter), jnp.float32)
+    place = positions - s["first"]
+    row, column = (jnp.where(place < 0, 0, x).astype(jnp.float32)[:, None] for x in jnp.divmod(place, s["columns"]))
+    angles = jnp.concatenate([row * inv, column * inv], -1)
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
