@@ -83,8 +83,8 @@ def _grid(cfg: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]
 
     `rope_scaling` has `columns` of the image and `first`, the position of its first token; tokens before it do not turn.
 
-    Reference: Sun et al., `LlamaGen <https://arxiv.org/abs/2406.06525>`_, 2024, section 2.2, whose code multiplies the queries and
-    keys of the class token by zero instead.
+    Reference: Sun et al., `LlamaGen <https://arxiv.org/abs/2406.06525>`_, 2024, section 2.2, whose code multiplies the queries
+    and keys of the class token by zero instead.
     """
     s, quarter = dict(cfg.rope_scaling), cfg.head_dim // 4
     inv = jnp.asarray(cfg.rope_theta ** -(np.arange(quarter) / quarter), jnp.float32)
