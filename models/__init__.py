@@ -7,7 +7,7 @@ from jaxprune.models.checkpoint import load, resolve, save
 from jaxprune.models.config import LayerDims, LlamaConfig, Run
 from jaxprune.models.flax_tree import from_flax, load_flax_msgpack, save_flax_msgpack, to_flax
 from jaxprune.models.llama import apply, attention, block, head, hidden, mlp, project, rms_norm
-from jaxprune.models.losses import loss_fn, max_logits_fn, sample_targets, token_losses
+from jaxprune.models.losses import loss_fn, max_logits_fn, sample_targets, token_kl, token_losses
 from jaxprune.models.module import Llama
 from jaxprune.models.observe import Site, observe
 from jaxprune.models.params import count_parameters, init, probes, shapes
@@ -55,6 +55,7 @@ __all__ = [
     "sum_over_units",
     "to_flax",
     "to_hf_config",
+    "token_kl",
     "token_losses",
     "unit_costs",
     "unit_counts",

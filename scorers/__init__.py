@@ -3,9 +3,12 @@
 from jaxprune.scorers._aggregate import aggregate
 from jaxprune.scorers._base import Scorer, Scores, score
 from jaxprune.scorers._combine import chain, mix, normalize, per_axis, scale, standardize
+from jaxprune.scorers.curvature import curvature
 from jaxprune.scorers.depth import earliest
 from jaxprune.scorers.gates import fisher, gate_taylor
+from jaxprune.scorers.hywia import hywia
 from jaxprune.scorers.magnitude import magnitude
+from jaxprune.scorers.ntk import nirvana, ntk_gates, ntk_sgd, ntk_sign
 from jaxprune.scorers.random import random
 from jaxprune.scorers.taylor import full_taylor, taylor
 
@@ -14,13 +17,19 @@ __all__ = [
     "Scores",
     "aggregate",
     "chain",
+    "curvature",
     "earliest",
     "fisher",
     "full_taylor",
     "gate_taylor",
+    "hywia",
     "magnitude",
     "mix",
+    "nirvana",
     "normalize",
+    "ntk_gates",
+    "ntk_sgd",
+    "ntk_sign",
     "per_axis",
     "random",
     "scale",

@@ -33,6 +33,10 @@ def _full(variant):
     return make
 
 
+def _logits(**o):
+    return models.max_logits_fn(CFG, chunk=24, **o)
+
+
 SCORERS = {
     "random": lambda **o: scorers.random(jax.random.key(3)),
     "magnitude-l1": lambda **o: scorers.magnitude(units, 1),
@@ -42,6 +46,16 @@ SCORERS = {
     "fisher": lambda **o: scorers.fisher(models.loss_fn(CFG, chunk=16, **o), axis_name=o.get("axis_name")),
     **{f"taylor-{v}": _taylor(v) for v in ("param_first", "param_second", "param_mix", "vectorize")},
     **{f"full-{v}": _full(v) for v in ("param_first", "param_mix")},
+    "curvature": lambda **o: scorers.curvature(models.loss_fn(CFG, chunk=16, **o), 2, axis_name=o.get("axis_name")),
+    "curvature-exact": lambda **o: scorers.curvature(
+        models.loss_fn(CFG, chunk=16, **o), exact="kf", axis_name=o.get("axis_name")
+    ),
+    "nirvana": lambda **o: scorers.nirvana(_logits(**o), o.get("axis_name")),
+    "ntk-gates": lambda **o: scorers.ntk_gates(_logits(**o), o.get("axis_name")),
+    "ntk-sgd": lambda **o: scorers.ntk_sgd(_logits(**o), axis_name=o.get("axis_name")),
+    "ntk-sgd-draws": lambda **o: scorers.ntk_sgd(_logits(**o), draws=2, axis_name=o.get("axis_name")),
+    "ntk-sign": lambda **o: scorers.ntk_sign(_logits(**o), units, o.get("axis_name")),
+    "hywia": lambda **o: scorers.hywia(models.loss_fn(CFG, chunk=16, **o), axis_name=o.get("axis_name")),
     "mix": lambda **o: scorers.mix(
         (0.5, scorers.chain(_taylor("vectorize")(**o), scorers.normalize())),
         (0.5, scorers.chain(SCORERS["fisher"](**o), scorers.normalize())),
