@@ -21,7 +21,7 @@ def curvature(loss: LossFn, samples: int = 8, seed: int = 0, exact: str = "", ax
     squared gradient. A product :math:`Hz` is one `jvp` of the gradient by gates. On the axes in `exact`, :math:`h_{uu}` is
     the entry of :math:`H e_u`: one product a unit. On all others it is Hutchinson's estimate, the mean of :math:`z_u (Hz)_u`
     over `samples` draws of random signs :math:`z`, which are zero on the exact axes. The signs depend on `seed` alone, so
-    batches add up; the error of the estimate has variance :math:`2 \sum_{v \neq u} h_{uv}^2 / \text{samples}` at most.
+    batches add up; the error of the estimate has variance :math:`\sum_{v \neq u} h_{uv}^2 / \text{samples}`.
 
     Args:
       loss: (params, probes, tokens) -> float32[b] in nats; differentiated twice by its gates.

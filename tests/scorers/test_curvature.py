@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxprune import models, scorers
 
-CFG = models.LlamaConfig(vocab=32, d=16, head_dim=4, layers=(models.LayerDims(2, 2, 6), models.LayerDims(1, 2, 5)))
+CFG = models.LlamaConfig(vocab=32, d=16, head_dim=4, layers=(models.LayerDims(2, 2, 6),) * 2)
 PARAMS = jax.tree.map(lambda x: 10 * x, models.init(jax.random.key(0), CFG))
 TOKENS = jax.random.randint(jax.random.key(1), (3, 7), 0, CFG.vocab)
 LOSS = models.loss_fn(CFG)
@@ -53,7 +53,7 @@ def by_hessian():
     def mean(gates):
         return LOSS(PARAMS, {"gates": unravel(gates)}, TOKENS).mean()
 
-    return jax.grad(mean)(ones), jax.hessian(mean)(ones)
+    return jax.jit(lambda m: (jax.grad(mean)(m), jax.hessian(mean)(m)))(ones)
 
 
 @pytest.mark.parametrize("exact", ["kf", "k"])
@@ -69,14 +69,13 @@ def test_it_is_the_diagonal_of_the_hessian(by_hessian, exact):
     estimated = ~np.isin(letters, list(exact))
     if estimated.any():  # five standard deviations of half the estimate
         others = np.asarray(h - jnp.diag(jnp.diag(h)))[estimated][:, estimated]
-        assert (error[estimated] <= 5 * np.sqrt((others**2).sum(1) / samples) + 1e-4 * scale).all()
+        assert (error[estimated] <= 2.5 * np.sqrt((others**2).sum(1) / samples) + 1e-4 * scale).all()
 
 
 def test_a_unit_without_outgoing_weights_scores_zero():
     """In place of law 5: others may score below."""
     params = PARAMS | {"run_0": PARAMS["run_0"] | {"down": PARAMS["run_0"]["down"].at[0, 3].set(0)}}
-    for exact in ("", "f"):
-        assert scorers.score(scorers.curvature(LOSS, 2, exact=exact), params, PROBES, [TOKENS])[0]["f"][3] == 0
+    assert scorers.score(scorers.curvature(LOSS, 2, exact="k"), params, PROBES, [TOKENS])[0]["f"][3] == 0
 
 
 def test_bad_input():

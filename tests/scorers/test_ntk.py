@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from jaxprune import models, scorers
 
-CFG = models.LlamaConfig(vocab=32, d=16, head_dim=4, layers=(models.LayerDims(2, 2, 6), models.LayerDims(1, 2, 5)))
+CFG = models.LlamaConfig(vocab=32, d=16, head_dim=4, layers=(models.LayerDims(2, 2, 6),) * 2)
 PARAMS = jax.tree.map(lambda x: 10 * x, models.init(jax.random.key(0), CFG))
 TOKENS = jax.random.randint(jax.random.key(1), (3, 7), 0, CFG.vocab)
 B = 3
@@ -60,7 +60,7 @@ def test_nirvana_is_weight_times_gradient_over_all_weights_of_a_unit(jacobian):
 
 def test_gates_against_the_kernel_without_each_unit():
     gates, unravel = ravel_pytree(PROBES["gates"])
-    j = np.asarray(jax.jacobian(lambda g: FUNCTION(PARAMS, {"gates": unravel(g)}, TOKENS))(gates), np.float64)
+    j = np.asarray(jax.jit(jax.jacobian(lambda g: FUNCTION(PARAMS, {"gates": unravel(g)}, TOKENS)))(gates), np.float64)
     kernel = j @ j.T
     without = [np.delete(j, u, 1) @ np.delete(j, u, 1).T for u in range(j.shape[1])]
     want = np.array([np.linalg.norm(kernel) ** 2 - np.linalg.norm(k) ** 2 for k in without]) / B**2
@@ -83,7 +83,7 @@ def test_sgd_against_the_kernel_without_each_unit(jacobian, unit_of_weight):
 @pytest.mark.parametrize("kind", ["energy", "energy_of_sum"])
 def test_energy_taps_are_squares_of_weight_gradients(jacobian, kind):
     """Law 10."""
-    grads = jax.grad(lambda taps: FUNCTION(PARAMS, {kind: taps}, TOKENS).sum())(PROBES["taps"])
+    grads = jax.jit(jax.grad(lambda taps: FUNCTION(PARAMS, {kind: taps}, TOKENS).sum()))(PROBES["taps"])
     square = {"energy": lambda *g: sum(x**2 for x in g), "energy_of_sum": lambda *g: sum(g) ** 2}[kind]
     want = units(jax.tree.map(square, *jacobian))
     for mine, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(want), strict=True):
