@@ -7,7 +7,7 @@ from jaxprune.models.checkpoint import load, resolve, save
 from jaxprune.models.config import LayerDims, LlamaConfig, Run
 from jaxprune.models.flax_tree import from_flax, load_flax_msgpack, save_flax_msgpack, to_flax
 from jaxprune.models.llama import apply, attention, block, head, hidden, mlp, project, rms_norm
-from jaxprune.models.losses import loss_fn, max_logits_fn, sample_targets, token_losses
+from jaxprune.models.losses import loss_fn, max_logits_fn, sample_targets, token_kl, token_losses
 from jaxprune.models.module import Llama
 from jaxprune.models.observe import Site, observe
 from jaxprune.models.params import count_parameters, init, probes, shapes
@@ -16,14 +16,6 @@ from jaxprune.models.types import LossFn, Params, PerLayer, Probes, Tokens
 from jaxprune.models.units import sum_over_units, unit_costs, unit_counts
 
 __all__ = [
-    "rope_tables",
-    "project",
-    "mlp",
-    "attention",
-    "sample_targets",
-    "observe",
-    "max_logits_fn",
-    "Site",
     "LayerDims",
     "Llama",
     "LlamaConfig",
@@ -32,8 +24,10 @@ __all__ = [
     "PerLayer",
     "Probes",
     "Run",
+    "Site",
     "Tokens",
     "apply",
+    "attention",
     "axes",
     "block",
     "count_parameters",
@@ -46,15 +40,22 @@ __all__ = [
     "load_flax_msgpack",
     "load_tokenizer",
     "loss_fn",
+    "max_logits_fn",
+    "mlp",
+    "observe",
     "probes",
+    "project",
     "resolve",
     "rms_norm",
+    "rope_tables",
+    "sample_targets",
     "save",
     "save_flax_msgpack",
     "shapes",
     "sum_over_units",
     "to_flax",
     "to_hf_config",
+    "token_kl",
     "token_losses",
     "unit_costs",
     "unit_counts",

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxprune.models import axes
 from jaxprune.models.types import TAP_KINDS
 
-NEED_SQUARES = frozenset({"square", "mix"})
+NEED_SQUARES = frozenset({"square", "mix", "energy"})
 
 
 def reduce_onto(x: jax.Array, letters: str, keep: str) -> jax.Array:
@@ -34,6 +34,10 @@ def salience(kind: str, w: jax.Array, g: jax.Array, g2: jax.Array | None) -> jax
             return w * w * g2
         case "mix":
             return jnp.abs(w * g - 0.5 * w * w * g2)
+        case "energy":
+            return g2
+        case "energy_of_sum":
+            return g * g
     raise ValueError(f"tap kind {kind!r} given; allowed are {TAP_KINDS}")
 
 

@@ -26,6 +26,49 @@ def token_losses(
     return jax.lax.map(one, (flat, wanted)).reshape(-1)[: b * t].reshape(b, t)
 
 
+def token_kl(
+    params: Params,
+    x: Float[Array, "b t d"],
+    other_params: Params,
+    other_x: Float[Array, "b t e"],
+    cfg: LlamaConfig,
+    chunk: int = 256,
+) -> Float[Array, "b t"]:
+    r"""Kullback-Leibler divergence :math:`\sum_v p_v (\log p_v - \log q_v)` of the next token at each position.
+
+    Args:
+      params: the model whose distribution is p: its head is read.
+      x: its residual stream after the final norm, as `hidden` returns it.
+      other_params, other_x: the same of the model whose distribution is q; it has the vocabulary and the ties of `cfg`.
+      cfg: the model of `params`.
+      chunk: tokens whose logits are in memory at a time.
+
+    Returns:
+      Nats, float32.
+
+    >>> import jax
+    >>> from jaxprune import models
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),))
+    >>> params = models.init(jax.random.key(0), cfg)
+    >>> x = models.hidden(params, jax.numpy.arange(10).reshape(2, 5), cfg)
+    >>> kl = models.token_kl(params, x, params, -x, cfg)
+    >>> kl.shape, bool((kl > 0).all()), bool((abs(models.token_kl(params, x, params, x, cfg)) < 1e-6).all())
+    ((2, 5), True, True)
+    """
+    tokens = x.shape[0] * x.shape[1]
+    size = min(chunk, tokens)
+
+    def chunks(x: jax.Array) -> jax.Array:
+        return jnp.pad(x.reshape(tokens, -1), ((0, -tokens % size), (0, 0))).reshape(-1, size, x.shape[-1])
+
+    @jax.checkpoint
+    def one(z):
+        p, q = (jax.nn.log_softmax(head(*w, cfg), -1) for w in ((params, z[0]), (other_params, z[1])))
+        return jnp.sum(jnp.exp(p) * (p - q), -1)
+
+    return jax.lax.map(one, (chunks(x), chunks(other_x))).reshape(-1)[:tokens].reshape(x.shape[:2])
+
+
 def loss_fn(
     cfg: LlamaConfig,
     *,

@@ -11,16 +11,18 @@
 Kinds of probes (a loss ignores the kinds that are absent from the dict):
 
 - `gates`: `PerLayer` of float32[units]. Multiplies the output of each unit: 1 keeps it, 0 removes it.
-- `abs`, `sum`, `square`, `mix`: taps, `PerLayer` of {tensor: float32[unit, ..., channel]}, passed as zeros.
-  They do not change the loss. Its derivative by a tap is an element-wise statistic of the weights `w` of that
+- `abs`, `sum`, `square`, `mix`, `energy`, `energy_of_sum`: taps, `PerLayer` of {tensor: float32[unit, ..., channel]}, passed
+  as zeros. They do not change the loss. Its derivative by a tap is an element-wise statistic of the weights `w` of that
   tensor and their gradient, summed over all axes that the tap lacks; with `g_j` the gradient of the loss of sequence j:
 
-  ========  =====================================================
-  `abs`     sum of abs(w * sum_j g_j)
-  `sum`     sum of w * sum_j g_j
-  `square`  sum of w^2 * sum_j g_j^2
-  `mix`     sum of abs(w * sum_j g_j - w^2 / 2 * sum_j g_j^2)
-  ========  =====================================================
+  ===============  =====================================================
+  `abs`            sum of abs(w * sum_j g_j)
+  `sum`            sum of w * sum_j g_j
+  `square`         sum of w^2 * sum_j g_j^2
+  `mix`            sum of abs(w * sum_j g_j - w^2 / 2 * sum_j g_j^2)
+  `energy`         sum of sum_j g_j^2
+  `energy_of_sum`  sum of (sum_j g_j)^2
+  ===============  =====================================================
 - `output`: `PerLayer` of float32[d, d], axis letter `k` for the attention and `f` for the MLP, passed as zeros. They do not
   change the loss. Its derivative by one is the sum over tokens of g g^T, with g the gradient of the loss by what the module
   adds to the residual stream at that token.
@@ -39,4 +41,4 @@ PerLayer: TypeAlias = tuple[dict[Axis, T], ...]
 Probes: TypeAlias = dict[str, Any]
 LossFn: TypeAlias = Callable[[Params, Probes, Tokens], jax.Array]
 
-TAP_KINDS = ("abs", "sum", "square", "mix")
+TAP_KINDS = ("abs", "sum", "square", "mix", "energy", "energy_of_sum")
