@@ -57,8 +57,8 @@ def slice_gpt(
     Raises:
       ValueError: `width` is out of range, no batches, or statistics that are not finite.
 
-    Reference: Ashkboos et al., `SliceGPT <https://arxiv.org/abs/2401.15024>`_, 2024, section 3 and algorithm 1, in the order and
-    with the damping of the released code. That code also subtracts the mean of the embeddings, which changes what an RMSNorm
+    Reference: Ashkboos et al., `SliceGPT <https://arxiv.org/abs/2401.15024>`_, 2024, section 3, in the order and with the
+    damping of the released code. That code also subtracts the mean of the embeddings, which changes what an RMSNorm
     model computes, and sets epsilon to 1e-5; neither is done here. It takes random components of the last layer's output and
     leaves the head unsliced; here the head reads the principal ones, at `width`, as everything does.
 

@@ -18,7 +18,9 @@ KINDS = dict(
     biases=dict(biases=("q", "k", "v", "o", "gate", "up", "down")),
     gone=dict(layers=(LayerDims(2, 2, 0), LayerDims(0, 0, 0), LayerDims(0, 0, 48)), biases=("o",)),
 )
+ONE = LAYERS[:1]
 RNG = np.random.default_rng
+logits_of = jax.jit(models.apply, static_argnums=2)  # compiled once for all tests that run the same model
 
 
 def config(**settings) -> LlamaConfig:
@@ -44,21 +46,28 @@ def test_at_full_width_nothing_changes_in_float64(kind):
     with jax.enable_x64(True):
         cfg = config(**KINDS[kind])
         params = random(cfg, "float64")
-        same, same_cfg = recovery.slice_gpt(params, cfg, [tokens(), tokens(2)], 32)
-        dense = models.apply(params, tokens(), cfg)
+        same, same_cfg = recovery.slice_gpt(params, cfg, [tokens(), tokens(seed=2)], 32)
+        dense = logits_of(params, tokens(), cfg)
         assert dense.dtype == jnp.float64
-        assert worst(models.apply(same, tokens(), same_cfg), dense) < 1e-9
-        again, again_cfg = recovery.slice_gpt(same, same_cfg, [tokens(3)], 32)
-        assert again_cfg == same_cfg
-        assert worst(models.apply(again, tokens(), again_cfg), dense) < 1e-9
+        assert worst(logits_of(same, tokens(), same_cfg), dense) < 1e-9
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_at_full_width_nothing_changes_in_float32(kind):
-    cfg = config(**KINDS[kind])
+def test_a_sliced_model_can_be_sliced_again():
+    with jax.enable_x64(True):
+        cfg = config(**KINDS["gone"])
+        params = random(cfg, "float64")
+        once, once_cfg = recovery.slice_gpt(params, cfg, [tokens()], 24)
+        twice, twice_cfg = recovery.slice_gpt(once, once_cfg, [tokens(seed=3)], 24)
+        assert twice_cfg == once_cfg
+        assert worst(logits_of(twice, tokens(), twice_cfg), logits_of(once, tokens(), once_cfg)) < 1e-9
+        assert recovery.slice_gpt(once, once_cfg, [tokens()], 16)[1].norm_width == 32
+
+
+def test_at_full_width_nothing_changes_in_float32():
+    cfg = config(**KINDS["tied"], layers=ONE)
     params = random(cfg)
     same, same_cfg = recovery.slice_gpt(params, cfg, [tokens()], 32)
-    assert worst(models.apply(same, tokens(), same_cfg), models.apply(params, tokens(), cfg)) < 1e-4
+    assert worst(logits_of(same, tokens(), same_cfg), logits_of(params, tokens(), cfg)) < 1e-4
 
 
 def in_subspace(params, basis):
@@ -70,28 +79,27 @@ def in_subspace(params, basis):
 
 def test_directions_that_the_stream_never_takes_are_sliced_without_loss():
     with jax.enable_x64(True):
-        cfg = config()
+        cfg = config(layers=ONE)
         params = in_subspace(random(cfg, "float64"), np.linalg.qr(RNG(1).normal(size=(32, 16)))[0])
         small, small_cfg = recovery.slice_gpt(params, cfg, [tokens()], 16)
-        assert worst(models.apply(small, tokens(seed=5), small_cfg), models.apply(params, tokens(seed=5), cfg)) < 1e-9
+        assert worst(logits_of(small, tokens(seed=5), small_cfg), logits_of(params, tokens(seed=5), cfg)) < 1e-9
 
 
 def test_fewer_tokens_than_channels_are_reproduced_at_that_width():
     with jax.enable_x64(True):
-        cfg = config()
+        cfg = config(layers=ONE)
         params = random(cfg, "float64")
-        few = tokens(1, 8)
-        small, small_cfg = recovery.slice_gpt(params, cfg, [few], 8)
-        assert worst(models.apply(small, few, small_cfg), models.apply(params, few, cfg)) < 1e-9
-        other = models.apply(small, tokens(), small_cfg)
-        assert bool(jnp.isfinite(other).all())
+        few = jnp.repeat(tokens(1), 4, 0)  # 12 tokens
+        small, small_cfg = recovery.slice_gpt(params, cfg, [few], 16)
+        assert worst(logits_of(small, few, small_cfg), logits_of(params, few, cfg)) < 1e-9
+        assert bool(jnp.isfinite(logits_of(small, tokens(), small_cfg)).all())
 
 
 def test_a_stream_of_zeros_has_no_rank_and_does_no_harm():
-    cfg = config()
+    cfg = config(layers=ONE)
     params = jax.tree.map(jnp.zeros_like, random(cfg))
     small, small_cfg = recovery.slice_gpt(params, cfg, [tokens()], 16)
-    assert not np.any(models.apply(small, tokens(), small_cfg))
+    assert not np.any(logits_of(small, tokens(), small_cfg))
 
 
 def random_directions(stream, width, where):
@@ -99,26 +107,26 @@ def random_directions(stream, width, where):
 
 
 def test_principal_components_lose_less_than_random_directions(monkeypatch):
-    cfg = config()
+    cfg = config(layers=LAYERS[:2])
     params = random(cfg)
     spectrum = np.float32(0.8) ** np.arange(32)
     params = params | dict(embed=params["embed"] * spectrum @ np.linalg.qr(RNG(2).normal(size=(32, 32)))[0].astype(np.float32))
-    held_out = tokens(8, seed=7)
-    dense = models.apply(params, held_out, cfg)
+    held_out = tokens(seed=7)
+    dense = logits_of(params, held_out, cfg)
 
     def error(width):
         small, small_cfg = recovery.slice_gpt(params, cfg, [tokens(), tokens(seed=3)], width)
-        return float(jnp.square(models.apply(small, held_out, small_cfg) - dense).mean())
+        return float(jnp.square(logits_of(small, held_out, small_cfg) - dense).mean())
 
-    principal = [error(width) for width in (16, 24, 32)]
-    assert principal[0] > principal[1] > principal[2]
+    principal = [error(width) for width in (16, 24)]
+    assert principal[0] > principal[1]
     monkeypatch.setattr(slicing, "_components", random_directions)
     assert 2 * principal[0] < error(16) and 2 * principal[1] < error(24)
 
 
-@pytest.fixture(scope="module", params=["plain", "biases"])
-def sliced(request):
-    cfg = config(**KINDS[request.param])
+@pytest.fixture(scope="module")
+def sliced():
+    cfg = config(**KINDS["biases"])
     return recovery.slice_gpt(random(cfg), cfg, [tokens()], 24)
 
 
@@ -134,8 +142,8 @@ def test_a_sliced_model_has_the_arrays_that_its_configuration_says(sliced):
 
 def test_the_cache_and_the_flax_module_compute_the_same(sliced):
     params, cfg = sliced
-    whole = models.apply(params, tokens(), cfg)
-    np.testing.assert_array_equal(models.Llama(cfg).apply({"params": params}, tokens()), whole)
+    whole = logits_of(params, tokens(), cfg)
+    np.testing.assert_allclose(models.Llama(cfg).apply({"params": params}, tokens()), whole, atol=1e-5, rtol=1e-5)
     logits, cache = decode.prefill(params, tokens()[:, :8], cfg, decode.init_cache(cfg, 4, 12))
     for t in range(8, 12):
         np.testing.assert_allclose(logits, whole[:, t - 1], atol=1e-4, rtol=1e-4)
@@ -153,11 +161,12 @@ def test_what_is_observed_leads_to_the_final_stream(sliced):
 
 
 def test_new_shortcuts_are_the_identity():
-    cfg = config(shortcuts=True)
-    for params in (models.init(jax.random.key(0), cfg), models.Llama(cfg).init(jax.random.key(0), tokens())["params"]):
+    cfg = config(layers=ONE, shortcuts=True)
+    initial = jax.jit(models.Llama(cfg).init)
+    for params in (models.init(jax.random.key(0), cfg), initial(jax.random.key(0), tokens())["params"]):
         plain = {r: {n: a for n, a in x.items() if n not in models.axes.SHORTCUTS} for r, x in params.items() if "run" in r}
-        expected = models.apply(params | plain, tokens(), config())
-        np.testing.assert_allclose(models.apply(params, tokens(), cfg), expected, atol=1e-6)
+        expected = logits_of(params | plain, tokens(), config(layers=ONE))
+        np.testing.assert_allclose(logits_of(params, tokens(), cfg), expected, atol=1e-6)
 
 
 def test_the_same_bits_come_back_from_disk(sliced, tmp_path):
@@ -201,8 +210,8 @@ PLANS = dict(
 
 @pytest.mark.parametrize("name", PLANS)
 def test_cutting_a_sliced_model_equals_gating_it(name):
-    cfg = config()
-    params, cfg = recovery.slice_gpt(random(cfg), cfg, [tokens()], 24)
+    cfg = config(shortcuts=True, norm_width=40)
+    params = random(cfg)
     keep = plan.Plan(PLANS[name], models.unit_counts(cfg, "kfd" if name == "residual" else "kf"))
     small, small_cfg = surgery.cut(params, cfg, keep)
     report = proof.verify(params, cfg, small, small_cfg, keep, tokens())
@@ -213,7 +222,9 @@ def test_reconstruction_counts_shortcuts_and_biases_as_there_already(sliced):
     params, cfg = sliced
     run = params["run_0"]
     params = params | {"run_0": run | {"down": run["down"].at[0, 40:].set(0)}}
-    fitted, _ = recovery.reconstruct(params, cfg, ({"f": range(40)}, {}, {}), [tokens(8)], target="residual")
+    fitted, _ = recovery.reconstruct(
+        params, cfg, ({"f": range(40)}, {}, {}), [tokens(), tokens(seed=8), tokens(seed=9)], target="residual"
+    )
     np.testing.assert_allclose(fitted["run_0"]["down"][0], params["run_0"]["down"][0], atol=1e-3)
 
 
