@@ -29,11 +29,11 @@ def whole_layers(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: C
     >>> allocate.whole_layers(scores, cfg, cfg.decoder_parameters // 2, allocate.Constraints())
     ({'k': 1, 'f': 2}, {'k': 0, 'f': 0})
     """
-    widths, chosen = full_widths(cfg), constraints.chosen(cfg)
+    widths, costs, chosen = full_widths(cfg), unit_costs(cfg), constraints.chosen(cfg)
     totals = {i: sum(float(np.sum(x)) for x in scores[i].values()) for i in chosen if widths[i]}
     left = budget
     for i in sorted(totals, key=lambda i: (totals[i], i)):
-        cost = cfg.matrix_parameters(cfg.layers[i])
+        cost = sum(costs[i][a] * n for a, n in widths[i].items())
         if abs(left - cost) < left:
             widths[i] = dict.fromkeys(widths[i], 0)
             left -= cost

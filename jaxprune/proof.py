@@ -66,7 +66,8 @@ def verify(
       A report; `report.exact` is the verdict.
 
     Raises:
-      ValueError: the plan is for another model, or the pruned model does not have the widths that it asks for.
+      ValueError: the plan is for another model, the pruned model does not have the widths that it asks for, or it was rotated
+        and has no units in common with the dense one.
 
     >>> import jax
     >>> from jaxprune import models, plan, proof, surgery
@@ -76,6 +77,11 @@ def verify(
     >>> proof.verify(params, cfg, *surgery.cut(params, cfg, keep), keep, jax.numpy.zeros((1, 5), int)).exact
     True
     """
+    if (small_cfg.shortcuts, small_cfg.norm_width) != (cfg.shortcuts, cfg.norm_width):
+        raise ValueError(
+            "verify: the residual stream of one of the models is rotated (SliceGPT), so the pruned model is no selection of "
+            "units of the dense one and there is no equality to prove; compare their perplexities instead"
+        )
     want = pruned_config(cfg, plan)
     _check_shapes(small_cfg, want)
     differences = dict(_differences(params, cfg, small, small_cfg, plan))

@@ -51,7 +51,8 @@ def attend(
 def _softmax_times(q, k, v, scale, seen):
     """[b, k, g, t, h]. The division by the sum of the exponentials follows the product with `v`, which is smaller."""
     b, groups, g, t, h = q.shape
-    scores = jnp.einsum("bknh,bksh->bkns", q.reshape(b, groups, g * t, h), k, preferred_element_type=jnp.float32)
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bknh,bksh->bkns", q.reshape(b, groups, g * t, h), k, preferred_element_type=dtype)
     scores = jnp.where(seen, scale * scores.reshape(b, groups, g, t, -1), jnp.finfo(jnp.float32).min)
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)

@@ -64,7 +64,7 @@ def _forward(params, tokens, start, cfg, cache, pad):
         (x, new), _ = jax.lax.scan(layer, (x, cache.get(run.name, {})), (jnp.arange(run.length), params[run.name]))
         if run.name in cache:
             cache[run.name] = new
-    return head(params, rms_norm(x[:, -1], params["norm"], cfg.norm_eps), cfg), cache
+    return head(params, rms_norm(x[:, -1], params["norm"], cfg.norm_eps, width=cfg.norm_width), cfg), cache
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")

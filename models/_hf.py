@@ -15,6 +15,7 @@ DEFAULTS: dict[str, dict[str, Any]] = dict(  # of transformers, where a family's
     jaxprune_llama={},
 )
 BIASES_KEY, GONE_KEY, FAMILY_KEY = "jaxprune_biases", "jaxprune_gone_layers", "jaxprune_family"
+SHORTCUTS_KEY, NORM_KEY = "jaxprune_shortcuts", "jaxprune_norm_width"
 
 
 def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
@@ -22,6 +23,7 @@ def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
 
     Reads the keys of transformers 4 and 5 (`per_layer_config`, and rope in both spellings) and two of ours: `jaxprune_biases`,
     the biases that are not zero by construction, and `jaxprune_gone_layers`, the positions of layers that the file leaves out.
+    In files of `jaxprune_llama` also `jaxprune_shortcuts` and `jaxprune_norm_width`, see `LlamaConfig`.
 
     Raises:
       ValueError: an architecture or a setting that is not supported, or a key that is missing or malformed.
@@ -55,6 +57,8 @@ def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         biases=tuple(config[BIASES_KEY]) if BIASES_KEY in config else stored_biases(config),
         sliding_window=config.get("sliding_window") if family in ("mistral", "jaxprune_llama") else None,
+        shortcuts=family in OURS and bool(config.get(SHORTCUTS_KEY, False)),
+        norm_width=positive(config, NORM_KEY) if family in OURS and NORM_KEY in config else None,
         family=config.get(FAMILY_KEY, "llama") if family in OURS else family,
         bos_id=config.get("bos_token_id"),
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
@@ -70,9 +74,10 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
       `mlp_bias`: gate up down) are stored as zeros where the model has none, and `jaxprune_biases` names the real ones.
       The family is the model's own, or the first of llama, mistral and qwen2 that can say it: the three differ only in biases,
       in `sliding_window`, and in that llama wants `hidden_size` to be a multiple of the number of heads.
-    - Otherwise: `model_type` is `jaxprune_llama`, which only this library loads, with `per_layer_config` in the schema of
-      transformers 5, every layer in full, and `"skip": ["attention", "mlp"]` for what is gone. The widths outside it are 0, so
-      that a class of transformers that is made to read it stops with an error instead of building another model.
+    - Otherwise, and with shortcuts or a norm width: `model_type` is `jaxprune_llama`, which only this library loads, with
+      `per_layer_config` in the schema of transformers 5, every layer in full, and `"skip": ["attention", "mlp"]` for what is
+      gone. The widths outside it are 0, so that a class of transformers that is made to read it stops with an error instead of
+      building another model. `jaxprune_shortcuts` and `jaxprune_norm_width` are there only if they are set.
 
     >>> from jaxprune.models import LayerDims, LlamaConfig, to_hf_config
     >>> cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48), LayerDims(1, 3, 40)))
@@ -80,7 +85,8 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
     {'num_attention_heads': 3, 'num_key_value_heads': 1, 'intermediate_size': 40}
     """
     alive = [dims for dims in cfg.layers if cfg.layer_arrays(dims)]
-    equal = len(set(alive)) == 1 and bool(alive[0].kv_heads and alive[0].ff)
+    rotated = cfg.shortcuts or cfg.norm_width is not None
+    equal = len(set(alive)) == 1 and bool(alive[0].kv_heads and alive[0].ff) and not rotated
     sayable = [f for f in (cfg.family, *ARCHITECTURES) if equal and _can_say(f, cfg, alive[0])]
     family = sayable[0] if sayable else "jaxprune_llama"
     plain = family in ARCHITECTURES
@@ -116,6 +122,8 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
         config[BIASES_KEY] = list(cfg.biases)
     if not plain:
         config[FAMILY_KEY] = cfg.family
+        config |= {SHORTCUTS_KEY: True} if cfg.shortcuts else {}
+        config |= {} if cfg.norm_width is None else {NORM_KEY: cfg.norm_width}
         config["per_layer_config"] = {str(i): layer_to_hf(dims) for i, dims in enumerate(cfg.layers)}
     elif len(alive) < len(cfg.layers):
         config[GONE_KEY] = [i for i, dims in enumerate(cfg.layers) if not cfg.layer_arrays(dims)]

@@ -50,7 +50,7 @@ def file_view(name: str, x: A) -> A:
     """
     if name == "embed":
         return x
-    if name != "head" and name not in axes.MATRICES:
+    if name not in ("head", *axes.MATRICES, *axes.SHORTCUTS):
         return x.reshape(-1)
     inputs = len(axes.INPUT.get(name, "d"))
     return x.reshape(math.prod(x.shape[:inputs]), -1).T

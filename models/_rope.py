@@ -98,5 +98,5 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """Rotates `x` [b, t, ..., h]: dimension i and i + h/2 form a pair."""
     shape = (1, cos.shape[0]) + (1,) * (x.ndim - 3) + (cos.shape[1],)
     cos, sin = cos.reshape(shape), sin.reshape(shape)
-    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
+    a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)

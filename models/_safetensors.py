@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxprune.models import _hf
+from jaxprune.models import _hf, axes
 from jaxprune.models._layout import Rows, Source
 from jaxprune.models._stored import Stored
 
@@ -25,6 +25,7 @@ NAMES = dict(
     **{n: f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")},
     **{f"{n}_bias": f"self_attn.{n}_proj.bias" for n in "qkvo"},
     **{f"{n}_bias": f"mlp.{n}_proj.bias" for n in ("gate", "up", "down")},
+    **{n: f"{n}.weight" for n in axes.SHORTCUTS},
 )
 DTYPES = {n: np.dtype(t) for n, t in dict(F32=np.float32, F16=np.float16, BF16=ml_dtypes.bfloat16).items()}
 PART = 1 << 22  # numbers that are read at a time

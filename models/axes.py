@@ -12,14 +12,20 @@
 
 Removing a unit means taking the kept positions along its letter, in every array whose axes contain that letter. A KV group
 therefore takes its query heads and its rows of `o` with it by construction.
+
+A model whose residual stream was rotated (SliceGPT) has two matrices more in each layer, its shortcuts: they turn the stream
+from the axes that a sublayer reads into those that it writes.
 """
 
 ATTENTION = dict(attn_norm="d", q="dkgh", k="dkh", v="dkh", o="kghd")
 MLP = dict(mlp_norm="d", gate="df", up="df", down="fd")
 BIASES = dict(q_bias="kgh", k_bias="kh", v_bias="kh", o_bias="d", gate_bias="f", up_bias="f", down_bias="d")
-LAYER = ATTENTION | MLP | BIASES
+SHORTCUTS = dict(attn_shortcut="dd", mlp_shortcut="dd")
+LAYER = ATTENTION | MLP | BIASES | SHORTCUTS
 TOP = dict(embed="vd", norm="d", head="dv")
 
-INPUT = dict(q="d", k="d", v="d", o="kgh", gate="d", up="d", down="f")  # the letters that a matrix contracts over
+# The letters that a matrix contracts over.
+INPUT = dict(q="d", k="d", v="d", o="kgh", gate="d", up="d", down="f", attn_shortcut="d", mlp_shortcut="d")
+SHORTCUT_BESIDE = dict(o="attn_shortcut", down="mlp_shortcut")
 UNITS = dict(k="kgh", f="f", d="d")  # prunable letter -> the letters that a tap on that unit keeps
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # what `--ratio` counts

@@ -46,6 +46,9 @@ class LlamaConfig:
       tie_embeddings: the output head is the transposed embedding.
       biases: which of q k v o gate up down add a bias.
       sliding_window: a token attends to at most this many last tokens (Mistral), or None.
+      shortcuts: every layer has two matrices [d, d] that the residual stream is multiplied by before its attention and its MLP
+        add to it, see `jaxprune.recovery.slice_gpt`.
+      norm_width: what RMSNorm divides the sum of squares by, or None for the width of what it norms.
       family: the Hugging Face `model_type` that it was loaded from: `llama`, `mistral` or `qwen2`.
       bos_id, eos_ids, pad_id: special tokens, as far as the checkpoint names them.
     """
@@ -61,6 +64,8 @@ class LlamaConfig:
     tie_embeddings: bool = False
     biases: tuple[str, ...] = ()
     sliding_window: int | None = None
+    shortcuts: bool = False
+    norm_width: int | None = None
     family: str = "llama"
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
@@ -74,6 +79,8 @@ class LlamaConfig:
             raise ValueError("layers: none given; a model needs at least one LayerDims")
         if self.head_dim % 2:
             raise ValueError(f"head_dim: {self.head_dim} given; rotary embeddings need an even number")
+        if self.norm_width is not None and self.norm_width < 1:
+            raise ValueError(f"norm_width: {self.norm_width} given; it must be at least 1, or None for the width of the stream")
         if any(n < 0 for dims in self.layers for n in dims):
             raise ValueError(f"layers: negative widths in {self.layers}; use 0 for a sublayer that is gone")
 
@@ -99,7 +106,9 @@ class LlamaConfig:
         return out if dims is None else out | dict(k=dims.kv_heads, g=dims.q_per_kv, f=dims.ff)
 
     def layer_arrays(self, dims: LayerDims) -> dict[str, str]:
-        """Array name -> axes, of one layer with these widths. A bias on the residual stream outlives its sublayer.
+        """Array name -> axes, of one layer with these widths.
+
+        What acts on the residual stream itself, a bias or a shortcut, outlives its sublayer.
 
         >>> from jaxprune.models import LayerDims, LlamaConfig
         >>> cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48),), biases=("o",))
@@ -109,19 +118,20 @@ class LlamaConfig:
         weights = (axes.ATTENTION if dims.kv_heads else {}) | (axes.MLP if dims.ff else {})
         biases = {f"{n}_bias": axes.BIASES[f"{n}_bias"] for n in axes.MATRICES if n in self.biases}
         gone = ("" if dims.kv_heads else "k") + ("" if dims.ff else "f")
-        return weights | {n: ax for n, ax in biases.items() if not set(ax) & set(gone)}
+        shortcuts = axes.SHORTCUTS if self.shortcuts else {}
+        return weights | {n: ax for n, ax in biases.items() if not set(ax) & set(gone)} | shortcuts
 
     def top_arrays(self) -> dict[str, str]:
         """Array name -> axes, of what stands outside the layers."""
         return {n: ax for n, ax in axes.TOP.items() if not (n == "head" and self.tie_embeddings)}
 
     def matrix_parameters(self, dims: LayerDims) -> int:
-        """Parameters of the attention and MLP matrices of one layer: what a pruning ratio is a fraction of."""
+        """Parameters of the matrices of one layer, shortcuts included: what a pruning ratio is a fraction of."""
         size = self.sizes(dims)
         attention = (2 + 2 * size["g"]) * size["k"] * size["h"]
-        return size["d"] * (attention + 3 * size["f"])
+        return size["d"] * (attention + 3 * size["f"] + len(axes.SHORTCUTS) * self.shortcuts * size["d"])
 
     @property
     def decoder_parameters(self) -> int:
-        """Parameters of the attention and MLP matrices of all layers."""
+        """Parameters of the matrices of all layers, shortcuts included."""
         return sum(map(self.matrix_parameters, self.layers))

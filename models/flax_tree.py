@@ -143,6 +143,6 @@ def _names(config: dict[str, Any]) -> Callable[[str, int | None], str]:
         path = dotted(array, layer).replace(".", "/")
         if array == "embed":
             return path.removesuffix("weight") + "embedding"
-        return path.removesuffix("weight") + "kernel" if array in (*axes.MATRICES, "head") else path
+        return path.removesuffix("weight") + "kernel" if array in (*axes.MATRICES, *axes.SHORTCUTS, "head") else path
 
     return name

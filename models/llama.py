@@ -14,10 +14,10 @@ from jaxprune.models.config import LlamaConfig
 from jaxprune.models.types import TAP_KINDS, Params, PerLayer, Probes
 
 
-def rms_norm(x: jax.Array, w: jax.Array, eps: float, gate: jax.Array | None = None) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * w over the residual width, the mean taken over the channels that `gate` keeps."""
-    x32 = x.astype(jnp.float32)
-    n = x.shape[-1] if gate is None else jnp.sum(gate)
+def rms_norm(x: jax.Array, w: jax.Array, eps: float, gate: jax.Array | None = None, width: int | None = None) -> jax.Array:
+    """x / sqrt(sum(x^2) / n + eps) * w, with n = `width`, or the channels that `gate` keeps if that is None."""
+    x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    n = width if width is not None else x.shape[-1] if gate is None else jnp.sum(gate)
     x32 = x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, -1, keepdims=True) / n + eps)
     return x32.astype(x.dtype) * w
 
@@ -39,7 +39,7 @@ def _add_bias(p: dict, name: str, x: jax.Array) -> jax.Array:
 
 def attention(p: dict, x: jax.Array, cfg: LlamaConfig, rope, gates: dict, cache: dict | None = None, start=0, mask_from=None):
     """What the output projection of the attention reads, [b, t, k, g, h], and the new cache; arguments as in `block`."""
-    y = rms_norm(x, p["attn_norm"], cfg.norm_eps, gates.get("d"))
+    y = rms_norm(x, p["attn_norm"], cfg.norm_eps, gates.get("d"), cfg.norm_width)
     q = _rope.rotate(_add_bias(p, "q", linear(p, "q", y)), *rope)
     k = _rope.rotate(_add_bias(p, "k", linear(p, "k", y)), *rope)
     v = _add_bias(p, "v", linear(p, "v", y))
@@ -53,13 +53,13 @@ def attention(p: dict, x: jax.Array, cfg: LlamaConfig, rope, gates: dict, cache:
 
 def mlp(p: dict, x: jax.Array, cfg: LlamaConfig, gates: dict) -> jax.Array:
     """What the down projection of the MLP reads, [b, t, f]; arguments as in `block`."""
-    y = rms_norm(x, p["mlp_norm"], cfg.norm_eps, gates.get("d"))
+    y = rms_norm(x, p["mlp_norm"], cfg.norm_eps, gates.get("d"), cfg.norm_width)
     z = jax.nn.silu(_add_bias(p, "gate", linear(p, "gate", y))) * _add_bias(p, "up", linear(p, "up", y))
     return z * gates["f"] if "f" in gates else z
 
 
 def project(p: dict, name: str, x: jax.Array, z: jax.Array | None, gates: dict, output: dict | None = None) -> jax.Array:
-    """The residual stream after a sublayer: `x + z @ p[name]` and its bias.
+    """The residual stream after a sublayer: `x + z @ p[name]` and its bias, `x` through the shortcut if there is one.
 
     Args:
       p: arrays of the layer.
@@ -69,6 +69,9 @@ def project(p: dict, name: str, x: jax.Array, z: jax.Array | None, gates: dict, 
       gates: as in `block`.
       output: axis letter -> probe of kind `output`, see `jaxprune.models.types`.
     """
+    if (shortcut := axes.SHORTCUT_BESIDE[name]) in p:
+        x = linear(p, shortcut, x)
+        x = x * gates["d"] if "d" in gates else x
     if z is not None:
         update = linear(p, name, z)
         if output:
@@ -88,7 +91,7 @@ def block(
     mask_from=None,
     output: dict | None = None,
 ):
-    """One decoder layer. A sublayer whose arrays are absent adds nothing but its bias.
+    """One decoder layer. A sublayer whose arrays are absent adds nothing but its bias; its shortcut stays.
 
     Args:
       p: arrays of the layer, by name.
@@ -173,14 +176,15 @@ def hidden(
 
         stacked = {kind: _stack(per_layer, run.start, run.length) for kind, per_layer in probes.items()}
         x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (arrays, stacked))
-    return rms_norm(x, params["norm"], cfg.norm_eps, first_gates.get("d"))
+    return rms_norm(x, params["norm"], cfg.norm_eps, first_gates.get("d"), cfg.norm_width)
 
 
 def head(params: Params, x: Float[Array, "... d"], cfg: LlamaConfig) -> Float[Array, "... v"]:
-    """Logits, in float32."""
+    """Logits, in float32; in float64 for a model that is."""
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
     if cfg.tie_embeddings:
-        return jnp.einsum("...d,vd->...v", x, params["embed"], preferred_element_type=jnp.float32)
-    return jnp.einsum("...d,dv->...v", x, params["head"], preferred_element_type=jnp.float32)
+        return jnp.einsum("...d,vd->...v", x, params["embed"], preferred_element_type=dtype)
+    return jnp.einsum("...d,dv->...v", x, params["head"], preferred_element_type=dtype)
 
 
 def apply(

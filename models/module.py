@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxprune.models import axes
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.llama import apply
 from jaxprune.models.params import shapes
@@ -16,6 +17,8 @@ from jaxprune.models.types import Probes
 def _initializer(name: str) -> Any:
     if name.endswith("norm"):
         return nn.initializers.ones
+    if name in axes.SHORTCUTS:
+        return lambda key, shape, dtype: jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
     return nn.initializers.zeros if name.endswith("_bias") else nn.initializers.normal(0.02)
 
 

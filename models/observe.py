@@ -70,7 +70,7 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
                 x = project(p, name, x, z, {})
                 if z is not None:
                     norm = p["attn_norm" if axis == "k" else "mlp_norm"]
-                    sites[axis] = Site(p[name], z, rms_norm(before, norm, cfg.norm_eps), before, x)
+                    sites[axis] = Site(p[name], z, rms_norm(before, norm, cfg.norm_eps, width=cfg.norm_width), before, x)
             return x, reduce(sites)
 
         x, stacked = jax.lax.scan(layer, x, arrays)

@@ -22,7 +22,7 @@ def shapes(cfg: LlamaConfig, dtype: Any = jnp.float32) -> Params:
 
 
 def init(key: jax.Array, cfg: LlamaConfig, dtype: Any = jnp.float32) -> Params:
-    """Random parameters: norms one, biases zero, matrices normal with standard deviation 0.02."""
+    """Random parameters: norms one, biases zero, shortcuts the identity, matrices normal with standard deviation 0.02."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes(cfg, dtype))
     ends = np.cumsum([leaf.size for _, leaf in leaves])
     flat = np.asarray(0.02 * jax.random.normal(key, (int(ends[-1]),)))  # one draw: XLA compiles random bits slowly
@@ -33,6 +33,8 @@ def init(key: jax.Array, cfg: LlamaConfig, dtype: Any = jnp.float32) -> Params:
             return jnp.ones(leaf.shape, leaf.dtype)
         if name.endswith("_bias"):
             return jnp.zeros(leaf.shape, leaf.dtype)
+        if name in axes.SHORTCUTS:
+            return jnp.broadcast_to(jnp.eye(cfg.d, dtype=leaf.dtype), leaf.shape)
         return jnp.asarray(flat[end - leaf.size : end].reshape(leaf.shape), leaf.dtype)
 
     return jax.tree.unflatten(tree, [one(path, leaf, end) for (path, leaf), end in zip(leaves, ends, strict=True)])

@@ -5,6 +5,7 @@ from jaxprune.recovery.least_squares import admm, least_squares_to, masked_least
 from jaxprune.recovery.loss import AdapterLoss, lm_loss
 from jaxprune.recovery.obs import greedy
 from jaxprune.recovery.reconstruct import reconstruct
+from jaxprune.recovery.slicing import slice_gpt, sliced_width
 from jaxprune.recovery.train import fit, schedule_and_optimizer
 
 __all__ = [
@@ -18,4 +19,6 @@ __all__ = [
     "masked_least_squares",
     "reconstruct",
     "schedule_and_optimizer",
+    "slice_gpt",
+    "sliced_width",
 ]

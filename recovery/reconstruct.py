@@ -139,6 +139,7 @@ def _step(p, axis, dense, pruned, sums, target, cfg):
     wanted = sums.target
     if target == "residual":
         start = dense if pruned is None else pruned
+        start = project(p, OUT[axis], start, None, {})  # through the shortcut, with the bias
         y = (after.astype(jnp.float32) - start.astype(jnp.float32)).reshape(len(rows), -1)
         wanted = wanted + jnp.matmul(y.T, rows, precision="highest")
     return after, _Sums(gram, wanted, total, tokens)
