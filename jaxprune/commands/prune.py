@@ -119,7 +119,7 @@ def run(args: Prune) -> dict[str, Any]:
         tokens = calibration = None
         if reads_text:
             with stage("reading calibration text", seconds):
-                calibration = calibration_tokens(args, model)
+                calibration = calibration_tokens(args.calibration, settings, model)
                 tokens = calibration.tokens
         with stage("pruning", seconds):
             if args.plan is None:
@@ -154,13 +154,13 @@ def run(args: Prune) -> dict[str, Any]:
     return result | {"folder": str(args.out)}
 
 
-def calibration_tokens(args: Prune, model: folder.Model) -> data.Calibration:
+def calibration_tokens(flags: Calibration, settings: pipeline.Settings, model: folder.Model) -> data.Calibration:
     """The calibration tokens that the flags ask for, each step's own."""
-    method, flags = methods.find(args.method), args.calibration
+    method = methods.find(settings.method)
     found = data.token_blocks(
         flags.calibration,
         model.tokenizer,
-        samples=(method.samples if flags.samples is None else flags.samples) * args.scoring.steps,
+        samples=(method.samples if flags.samples is None else flags.samples) * settings.steps,
         length=method.length if flags.length is None else flags.length,
         seed=flags.seed,
         sampler=lambda n, t, seed: data.self_blocks(model.params, model.cfg, samples=n, length=t, key=jax.random.key(seed)),
