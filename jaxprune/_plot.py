@@ -1,5 +1,6 @@
 """What all figures share. Colours are those of Okabe and Ito, which colour-blind readers can tell apart."""
 
+import io
 import typing
 
 if typing.TYPE_CHECKING:
@@ -68,3 +69,10 @@ def legend(ax: "matplotlib.axes.Axes", names: list[str] | None = None, *, opaque
     for handle in box.legend_handles:
         if opaque and handle is not None:
             handle.set_alpha(1)
+
+
+def png(figure: "matplotlib.figure.Figure") -> bytes:
+    """The figure as a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()

@@ -15,11 +15,11 @@ class Choice(NamedTuple):
     """The best of several calibration sets.
 
     Attributes:
-      index: of the candidate with the least divergence; the first of equals.
+      best: index of the candidate with the least divergence; the first of equals.
       kl: divergence of each candidate, in nats a token.
     """
 
-    index: int
+    best: int
     kl: tuple[float, ...]
 
 

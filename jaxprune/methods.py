@@ -10,7 +10,7 @@ from jaxprune import allocate, scorers
 from jaxprune.kronecker import kronecker_obs
 from jaxprune.models import LlamaConfig, PerLayer, loss_fn, max_logits_fn, observe, sum_over_units
 
-UNITS = dict(kv="k", mlp="f", layers="l", sublayers="kf", hidden="d")
+UNITS = dict(kv="k", mlp="f", layers="l", sublayers="kf", hidden="d", rotated="")
 
 
 class Options(NamedTuple):
@@ -38,7 +38,7 @@ class Method(NamedTuple):
       summary: one line.
       paper: where it was published.
       needs: what it reads: weights, activations or gradients.
-      scorer: (configuration, options) -> scorer.
+      scorer: (configuration, options) -> scorer; None for one that rotates the residual stream instead.
       samples, length: calibration of the paper: sequences and tokens in each.
       units: unit names that it can score.
       ranking: how its paper spreads the budget, a name in `RANKINGS`.
@@ -49,7 +49,7 @@ class Method(NamedTuple):
     summary: str
     paper: str
     needs: str
-    scorer: Callable[[LlamaConfig, Options], scorers.Scorer]
+    scorer: Callable[[LlamaConfig, Options], scorers.Scorer] | None
     samples: int = 10
     length: int = 128
     units: tuple[str, ...] = ("kv", "mlp", "layers")
@@ -90,7 +90,19 @@ def _kfac_obs(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
 
 
 def _nirvana(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
-    return scorers.taylor(max_logits_fn(cfg, microbatch=options.microbatch), "param_first")
+    return scorers.nirvana(max_logits_fn(cfg, microbatch=options.microbatch))
+
+
+def _ntk(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
+    return scorers.ntk_gates(max_logits_fn(cfg, microbatch=options.microbatch))
+
+
+def _curvature(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
+    return scorers.curvature(loss_fn(cfg, microbatch=options.microbatch), seed=options.seed, exact="k")
+
+
+def _hywia(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
+    return scorers.hywia(loss_fn(cfg, microbatch=options.microbatch), aggregate=options.aggregate or "sum")
 
 
 def _standardized(scores: PerLayer, *rest: Any) -> Any:
@@ -174,6 +186,29 @@ METHODS: dict[str, Method] = {
         samples=32,
         ranking="gamma",
     ),
+    "ntk": Method(
+        "ours: how much the neural tangent kernel of the gates changes when a unit goes",
+        "this library; after Ai et al., NIRVANA, 2025, arXiv:2509.14230",
+        "gradients",
+        _ntk,
+        samples=32,
+        units=("kv", "mlp"),
+        ranking="gamma",
+    ),
+    "curvature": Method(
+        "first and second derivative of the loss by a gate on the unit, exact for KV groups, Hutchinson's for channels",
+        "LeCun et al., Optimal Brain Damage, 1990, with gates; Hutchinson, 1990",
+        "gradients",
+        _curvature,
+        units=("kv", "mlp"),
+    ),
+    "hywia": Method(
+        "fine and coarse Taylor scores, fused by attention in each layer (fusion reconstructed)",
+        "Liu et al., HyWIA, 2024, arXiv:2403.10799",
+        "gradients",
+        _hywia,
+        units=("kv", "mlp"),
+    ),
     "flap": Method(
         "fluctuation of a unit's activation times its weights, ranked globally; bias compensation",
         "An et al., FLAP, 2024, arXiv:2312.11983",
@@ -228,6 +263,15 @@ METHODS: dict[str, Method] = {
         samples=64,
         length=256,
         units=("sublayers",),
+    ),
+    "slicegpt": Method(
+        "rotates the residual stream to its principal components and removes the last ones",
+        "Ashkboos et al., SliceGPT, 2024, arXiv:2401.15024",
+        "activations",
+        None,
+        samples=64,
+        length=512,
+        units=("rotated",),
     ),
     "random": Method("random units: what every method must beat", "-", "weights", _random, units=ALL),
 }

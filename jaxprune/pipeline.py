@@ -71,6 +71,8 @@ class Settings:
         unknown = set(self.units) - methods.UNITS.keys()
         if unknown or not self.units:
             raise ValueError(f"units: {','.join(self.units)!r} given; allowed are {', '.join(methods.UNITS)}")
+        if self.units == ("rotated",) and self.steps > 1:
+            raise ValueError(f"steps: {self.steps} given; the residual stream is rotated once: leave it out")
         if len(self.units) > 1 and not set(self.units) <= {"kv", "mlp"}:
             raise ValueError(
                 f"units: {','.join(self.units)} given; only kv and mlp go together; prune the result again for the others"
@@ -160,6 +162,8 @@ def prune(
     >>> out.cfg.decoder_parameters / cfg.decoder_parameters
     0.6
     """
+    if settings.units == ("rotated",):
+        return _sliced(params, cfg, np.asarray(tokens), settings, progress)
     plan, now, small = identity(cfg, settings), cfg, params
     first: PerLayer = ()
     for step in range(settings.steps):
@@ -176,6 +180,14 @@ def prune(
         fit = tokens if fit_tokens is None else fit_tokens
         small, now, _, _, _, updates = by_plan(params, cfg, plan, fit, settings.target, progress=progress)
     return Pruned(small, now, plan, first, _notes(cfg, now, settings), updates)
+
+
+def _sliced(params, cfg, tokens: np.ndarray, settings: Settings, progress: Progress | None) -> Pruned:
+    """Every matrix changes and there is no plan of units: what is returned keeps all units of the rotated model."""
+    width = recovery.sliced_width(cfg, settings.ratio)
+    small, now = recovery.slice_gpt(params, cfg, _batches(tokens), width, progress=progress)
+    updates = ({"by": "rotation to principal components", "arrays": sorted(now.layer_arrays(now.layers[0]))},)
+    return Pruned(small, now, identity(now, settings), (), _notes(cfg, now, settings), updates)
 
 
 def by_plan(
@@ -236,7 +248,9 @@ def _score(params, cfg, tokens, settings: Settings, seed: int, progress: Progres
     units = "d" if settings.units == ("hidden",) else "kf"
     microbatch = None if tokens is None else _divisor(tokens.shape)
     options = methods.Options(settings.taylor, settings.aggregate, seed, microbatch, units)
-    scorer = methods.find(settings.method).scorer(cfg, options)
+    make = methods.find(settings.method).scorer
+    assert make is not None, "a method that rotates has no scores"
+    scorer = make(cfg, options)
     batches = [] if tokens is None else _batches(tokens) if scorer.additive else [tokens]
     wrapped = batches if progress is None or len(batches) < 2 else progress(batches, "scoring")
     return scorers.score(scorer, params, probes(cfg, units), wrapped)
@@ -269,6 +283,7 @@ def _notes(cfg: LlamaConfig, small: LlamaConfig, settings: Settings) -> tuple[st
         ("sublayers",): "attentions and MLPs are removed whole",
         ("layers",): f"one layer is {1 / len(cfg.layers):.1%} of the decoder",
         ("hidden",): f"the width is cut in steps of {settings.multiple_of} of {cfg.d} channels",
+        ("rotated",): "the width is cut in steps of 8 channels",
         ("kv",): "KV groups are removed whole",
     }
     widths = f"MLP widths are multiples of {settings.multiple_of}, the same in all layers of a shape: lower --multiple-of"

@@ -1,13 +1,13 @@
 """The report that a person looks at: figures as PNG files and one HTML page that needs no other file."""
 
 import base64
-import io
 import typing
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from jaxprune import _plot
 from jaxprune._figures import before_after_figure, loss_figure, widths_figure
 from jaxprune._files import atomic_bytes, atomic_text
 from jaxprune._metrics import rows
@@ -57,11 +57,10 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, figure in (figures or {}).items():
-        png = io.BytesIO()
-        figure.savefig(png, format="png")
-        atomic_bytes(folder / f"{name}.png", png.getvalue())
+        image = _plot.png(figure)
+        atomic_bytes(folder / f"{name}.png", image)
         caption = CAPTIONS.get(name, name.replace("_", " "))
-        drawn.append(dict(caption=caption, data=base64.b64encode(png.getvalue()).decode()))
+        drawn.append(dict(caption=caption, data=base64.b64encode(image).decode()))
     stages = results.get("stages") or {}
     parts = {name: results.get(name) for name in PARTS}
     page = _template().render(

@@ -39,6 +39,6 @@ Params: TypeAlias = Any
 Tokens: TypeAlias = jax.Array
 PerLayer: TypeAlias = tuple[dict[Axis, T], ...]
 Probes: TypeAlias = dict[str, Any]
-LossFn: TypeAlias = Callable[[Params, Probes, Tokens], jax.Array]
+LossFn: TypeAlias = Callable[[Params, Probes, Any], jax.Array]  # tokens, or what stands for them
 
 TAP_KINDS = ("abs", "sum", "square", "mix", "energy", "energy_of_sum")

@@ -4,11 +4,12 @@ from jaxprune.recovery import lora
 from jaxprune.recovery.least_squares import admm, least_squares_to, masked_least_squares
 from jaxprune.recovery.loss import AdapterLoss, lm_loss
 from jaxprune.recovery.obs import greedy
-from jaxprune.recovery.reconstruct import reconstruct
+from jaxprune.recovery.reconstruct import TARGETS, reconstruct
 from jaxprune.recovery.slicing import slice_gpt, sliced_width
 from jaxprune.recovery.train import fit, schedule_and_optimizer
 
 __all__ = [
+    "TARGETS",
     "AdapterLoss",
     "admm",
     "fit",

@@ -33,7 +33,7 @@ def reconstruct(
     *,
     target: str = "residual",
     damp: float = 1e-2,
-    progress: Callable[[Iterable[int], str], Iterable[int]] | None = None,
+    progress: Callable[[Sequence[Any], str], Iterable[Any]] | None = None,
 ) -> tuple[Params, LlamaConfig]:
     r"""Re-fits the output projections of pruned layers to what is left of their inputs.
 
@@ -99,9 +99,9 @@ def reconstruct(
             follow = target in ("weights", "residual") and (pruned is not dense or len(kept) < n)
             pruned = [_after(new, axis, x, cfg) for x in pruned] if follow else next_dense
             dense = next_dense
-        for n, letters in new_cfg.layer_arrays(dims).items():
-            x = new.get(n, jnp.zeros([new_cfg.sizes(dims)[a] for a in letters], params["embed"].dtype))
-            out[name].setdefault(n, []).append(x)
+        for array, letters in new_cfg.layer_arrays(dims).items():
+            x = new.get(array, jnp.zeros([new_cfg.sizes(dims)[a] for a in letters], params["embed"].dtype))
+            out[name].setdefault(array, []).append(x)
     fitted = params | {name: {n: jnp.stack(x) for n, x in arrays.items()} for name, arrays in out.items() if arrays}
     return fitted, new_cfg
 
@@ -151,8 +151,8 @@ def _sums(p, axis, dense, pruned, target, needed, cfg):
     sums = None
     if needed:
         zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-        grams = (zeros((n, n)), zeros((cfg.d, n)) if target == "residual" else None)
-        sums = _Sums(*((None, None) if target == "bias" else grams), zeros(n), jnp.float32(0))
+        gram = None if target == "bias" else zeros((n, n))
+        sums = _Sums(gram, zeros((cfg.d, n)) if target == "residual" else None, zeros(n), jnp.float32(0))
     after = []
     for d, x in zip(dense, pruned, strict=True):
         y, sums = _step(p, axis, d, None if x is d else x, sums, target, cfg)

@@ -28,7 +28,7 @@ def slice_gpt(
     batches: Sequence[Any],
     width: int,
     *,
-    progress: Callable[[Iterable[int], str], Iterable[int]] | None = None,
+    progress: Callable[[Sequence[Any], str], Iterable[Any]] | None = None,
 ) -> tuple[Params, LlamaConfig]:
     r"""Rotates the residual stream to its principal components and keeps the first `width` of them.
 

@@ -32,13 +32,13 @@ def test_the_candidate_of_least_divergence_is_chosen(options):
     choice = calibration_choice.choose(CANDIDATES, prune, PARAMS, CFG, HELD_OUT, **options)
     want = [divergence(PARAMS, prune(tokens)).mean() for tokens in CANDIDATES]
     np.testing.assert_allclose(choice.kl, want, rtol=1e-4)
-    assert choice.index == int(np.argmin(want)) and max(want) > 1.01 * min(want)
+    assert choice.best == int(np.argmin(want)) and max(want) > 1.01 * min(want)
 
 
 def test_gates_that_keep_everything_win_with_no_divergence():
     keep = [surgery.gates_of(plan.Plan(({"f": range(n)},) * 2, models.unit_counts(CFG)), CFG) for n in (3, 12, 12)]
     choice = calibration_choice.choose(keep, lambda gates: gates, PARAMS, CFG, HELD_OUT)
-    assert choice.index == 1 and abs(choice.kl[1]) < 1e-6 < choice.kl[0]
+    assert choice.best == 1 and abs(choice.kl[1]) < 1e-6 < choice.kl[0]
 
 
 def test_no_program_is_compiled_anew_for_another_candidate():

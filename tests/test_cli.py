@@ -14,6 +14,8 @@ FLAGS = dict(
     "--layers --protect-first --protect-last --steps --multiple-of --max-distinct --dtype --overwrite --json",
     recover="MODEL --data --out --rank --alpha --steps --batch-size --length --learning-rate --resume --json",
     evaluate="MODEL --text --window --max-tokens --choice --limit --json",
+    bench="MODEL --out --methods --ratios --calibration --samples --length --seed --text --window --max-tokens --choice "
+    "--limit --dtype --overwrite --json",
     generate="MODEL --prompt --max-new-tokens --temperature --seed --json",
     verify="DENSE PRUNED --json",
     inspect="MODEL --json",

@@ -41,6 +41,11 @@ def run(args: Evaluate) -> dict[str, Any]:
     text, choices = inputs(args)
     with stage("loading", {}):
         model = folder.load(args.model, args.dtype)
+    return measured(model, args, text, choices)
+
+
+def measured(model: folder.Model, args: Evaluate, text: str | None, choices: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """The numbers that the flags ask for, of a model that is loaded; `perplexity` is that of the first window."""
     result: dict[str, Any] = dict(
         evaluation.evaluate(
             model.params,

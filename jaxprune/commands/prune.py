@@ -5,29 +5,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import numpy as np
 
-from jaxprune import data, folder, methods, models, pipeline, proof
+from jaxprune import folder, methods, models, pipeline, proof
 from jaxprune._files import atomic_folder
 from jaxprune._progress import progress
-from jaxprune.commands._common import ModelName, Output, check_tokens, flag, layer_range, peak_memory, say, stage
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """Text that the scores are computed on."""
-
-    calibration: Annotated[str, flag("SRC")] = "builtin"
-    """A text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin (Python's documentation) or self (sampled)."""
-    samples: Annotated[int | None, flag("N", "the method's own")] = None
-    """Sequences."""
-    length: Annotated[int | None, flag("T", "the method's own")] = None
-    """Tokens in a sequence."""
-    calibration_sha256: Annotated[str | None, flag("HEX", "any text will do")] = None
-    """Stop unless the calibration text has this SHA-256, as recorded in jaxprune.json."""
-    seed: Annotated[int, flag("N")] = 0
-    """Of the calibration windows and of random numbers."""
+from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described, reconstruction_tokens
+from jaxprune.commands._common import ModelName, Output, flag, layer_range, peak_memory, say, stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,19 +24,6 @@ class Scoring:
     """How the tensors of a unit are combined."""
     steps: Annotated[int, flag("N")] = 1
     """Score and cut this many times, towards the ratio in equal steps."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reconstruction:
-    """How the weights that stay make up for those that go, in closed form."""
-
-    reconstruct: Annotated[str | None, flag("NAME", "the method's own")] = None
-    """none; least squares towards what the dense layer adds (dense), towards what all units would add after the layers before
-    are pruned (weights), or towards the dense model's residual stream (residual); a bias for the mean of what goes (bias)."""
-    fit_samples: Annotated[int | None, flag("N", "the method's own")] = None
-    """Sequences of calibration text that the weights are fitted on."""
-    fit_length: Annotated[int | None, flag("T", "the method's own")] = None
-    """Tokens in such a sequence."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,10 +115,12 @@ def run(args: Prune) -> dict[str, Any]:
         tokens = fit_tokens = calibration = None
         if reads_text:
             with stage("reading calibration text", seconds):
-                calibration = calibration_tokens(args, model)
+                calibration = calibration_tokens(args.calibration, settings, model)
                 tokens = calibration.tokens
                 if target not in (None, "none"):
-                    fit_tokens = reconstruction_tokens(args, model, calibration).tokens
+                    own = settings if args.plan is None else None
+                    fit = reconstruction_tokens(args.calibration, args.reconstruction, own, model, calibration)
+                    fit_tokens = fit.tokens
         with stage("pruning", seconds):
             if args.plan is None:
                 pruned = pipeline.prune(
@@ -157,17 +130,21 @@ def run(args: Prune) -> dict[str, Any]:
                 pruned = pipeline.by_plan(
                     model.params, model.cfg, folder.read_plan(args.plan), fit_tokens, target, progress=progress
                 )
-        with stage("verifying", seconds):
-            report = proof.verify(
-                model.params,
-                model.cfg,
-                pruned.params,
-                pruned.cfg,
-                pruned.plan,
-                probe_tokens(tokens, model.cfg),
-                tuple(name for update in pruned.updates for name in update["arrays"]),
-            )
-        if not report.exact:
+        report = None
+        if settings.units == ("rotated",):
+            say("note: the residual stream was rotated, so there is no masked model to compare the cut with")
+        else:
+            with stage("verifying", seconds):
+                report = proof.verify(
+                    model.params,
+                    model.cfg,
+                    pruned.params,
+                    pruned.cfg,
+                    pruned.plan,
+                    probe_tokens(tokens, model.cfg),
+                    tuple(name for update in pruned.updates for name in update["arrays"]),
+                )
+        if report is not None and not report.exact:
             raise AssertionError(f"the cut is not exact: {report}; please report this")
         for note in pruned.notes:
             say(f"note: {note}")
@@ -190,55 +167,6 @@ def run(args: Prune) -> dict[str, Any]:
     return result | {"folder": str(args.out)}
 
 
-def calibration_tokens(args: Prune, model: folder.Model) -> data.Calibration:
-    """The calibration tokens that the flags ask for, each step's own.
-
-    Where the number of samples is the method's own, a shorter text gives fewer.
-    """
-    method, flags = methods.find(args.method), args.calibration
-    samples = (method.samples if flags.samples is None else flags.samples) * args.scoring.steps
-    found = _draw(args, model, samples, method.length if flags.length is None else flags.length, flags.samples is None)
-    if flags.calibration_sha256 is not None:
-        data.check_sha256(flags.calibration_sha256, found.sha256, flags.calibration)
-    return found
-
-
-def reconstruction_tokens(args: Prune, model: folder.Model, calibration: data.Calibration) -> data.Calibration:
-    """The tokens that weights are fitted on: those of the scores, unless the method or the flags ask for others."""
-    method, flags = methods.find(args.method), args.reconstruction
-    own = args.plan is None and args.calibration.calibration != "self"
-    samples = flags.fit_samples or (method.fit_samples if own else 0)
-    length = flags.fit_length or (method.fit_length if own else 0)
-    if not (samples or length):
-        return calibration
-    default = calibration.tokens.shape
-    return _draw(args, model, samples or default[0], length or default[1], flags.fit_samples is None)
-
-
-def _draw(args: Prune, model: folder.Model, samples: int, length: int, or_fewer: bool) -> data.Calibration:
-    flags = args.calibration
-    found = data.token_blocks(
-        flags.calibration,
-        model.tokenizer,
-        samples=samples,
-        length=length,
-        seed=flags.seed,
-        or_fewer=or_fewer,
-        sampler=lambda n, t, seed: data.self_blocks(model.params, model.cfg, samples=n, length=t, key=jax.random.key(seed)),
-    )
-    check_tokens(found.tokens, model.cfg, flags.calibration)
-    if len(found.tokens) < samples:
-        say(f"note: {flags.calibration} has {len(found.tokens)} windows of {length} tokens, the method would take {samples}")
-    return found
-
-
-def described(calibration: data.Calibration, fit_tokens: Any = None) -> dict[str, Any]:
-    """What the record says of calibration data."""
-    samples, length = calibration.tokens.shape
-    fit = {} if fit_tokens is None else dict(fit_samples=len(fit_tokens), fit_length=fit_tokens.shape[1])
-    return dict(source=calibration.source, sha256=calibration.sha256, samples=samples, length=length) | fit
-
-
 def probe_tokens(tokens: Any, cfg: models.LlamaConfig) -> Any:
     """Tokens to verify on: of the calibration set, or drawn evenly from the vocabulary where there is none."""
     if tokens is not None:
@@ -247,7 +175,7 @@ def probe_tokens(tokens: Any, cfg: models.LlamaConfig) -> Any:
 
 
 def summary(
-    cfg: models.LlamaConfig, pruned: pipeline.Pruned, report: proof.Report, seconds: dict[str, float]
+    cfg: models.LlamaConfig, pruned: pipeline.Pruned, report: proof.Report | None, seconds: dict[str, float]
 ) -> dict[str, Any]:
     """The numbers that the command prints."""
     return {
@@ -256,7 +184,7 @@ def summary(
         "fraction removed": round(1 - pruned.cfg.decoder_parameters / cfg.decoder_parameters, 4),
         "all parameters before": models.count_parameters(cfg),
         "all parameters after": models.count_parameters(pruned.cfg),
-        "largest logit difference, masked and cut": report.difference,
+        **({} if report is None else {"largest logit difference, masked and cut": report.difference}),
         "peak memory, MiB": round(peak_memory() / 2**20),
         "notes": list(pruned.notes),
         "seconds": seconds,

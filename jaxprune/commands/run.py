@@ -12,6 +12,7 @@ import numpy as np
 from jaxprune import data, folder, methods, report
 from jaxprune._decode import check_file
 from jaxprune.commands import evaluate, prune, recover, verify
+from jaxprune.commands._calibration import Calibration, Reconstruction
 from jaxprune.commands._common import ModelName, Output, flag
 from jaxprune.commands._stages import once, opened
 from jaxprune.commands.generate import check_prompt, continuation
@@ -71,9 +72,9 @@ class Run:
     """Type of the weights."""
     overwrite: bool = False
     """Begin anew in a folder that holds another run."""
-    calibration: prune.Calibration = prune.Calibration()
+    calibration: Calibration = Calibration()
     scoring: prune.Scoring = prune.Scoring()
-    reconstruction: prune.Reconstruction = prune.Reconstruction()
+    reconstruction: Reconstruction = Reconstruction()
     shape: prune.Shape = prune.Shape()
     recovery: Recovery = Recovery()
     evaluation: Evaluation = Evaluation()

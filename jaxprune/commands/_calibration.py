@@ -1,0 +1,93 @@
+"""Calibration text on the command line: its flags, and the tokens that they ask for."""
+
+import dataclasses
+from typing import Annotated, Any
+
+import jax
+
+from jaxprune import data, folder, methods, pipeline
+from jaxprune.commands._common import check_tokens, flag, say
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Text that the scores are computed on."""
+
+    calibration: Annotated[str, flag("SRC")] = "builtin"
+    """A text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin (Python's documentation) or self (sampled)."""
+    samples: Annotated[int | None, flag("N", "the method's own")] = None
+    """Sequences."""
+    length: Annotated[int | None, flag("T", "the method's own")] = None
+    """Tokens in a sequence."""
+    calibration_sha256: Annotated[str | None, flag("HEX", "any text will do")] = None
+    """Stop unless the calibration text has this SHA-256, as recorded in jaxprune.json."""
+    seed: Annotated[int, flag("N")] = 0
+    """Of the calibration windows and of random numbers."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """How the weights that stay make up for those that go, in closed form."""
+
+    reconstruct: Annotated[str | None, flag("NAME", "the method's own")] = None
+    """none; least squares towards what the dense layer adds (dense), towards what all units would add after the layers before
+    are pruned (weights), or towards the dense model's residual stream (residual); a bias for the mean of what goes (bias)."""
+    fit_samples: Annotated[int | None, flag("N", "the method's own")] = None
+    """Sequences of calibration text that the weights are fitted on."""
+    fit_length: Annotated[int | None, flag("T", "the method's own")] = None
+    """Tokens in such a sequence."""
+
+
+def calibration_tokens(flags: Calibration, settings: pipeline.Settings, model: folder.Model) -> data.Calibration:
+    """The calibration tokens that the flags ask for, each step's own.
+
+    Where the number of samples is the method's own, a shorter text gives fewer.
+    """
+    method = methods.find(settings.method)
+    samples = (method.samples if flags.samples is None else flags.samples) * settings.steps
+    length = method.length if flags.length is None else flags.length
+    found = _draw(flags, model, samples, length, flags.samples is None and settings.steps == 1)
+    if flags.calibration_sha256 is not None:
+        data.check_sha256(flags.calibration_sha256, found.sha256, flags.calibration)
+    return found
+
+
+def reconstruction_tokens(
+    flags: Calibration,
+    fit: Reconstruction,
+    settings: pipeline.Settings | None,
+    model: folder.Model,
+    calibration: data.Calibration,
+) -> data.Calibration:
+    """The tokens that weights are fitted on: those of the scores, unless the method or the flags ask for others."""
+    own = settings is not None and flags.calibration != "self" and flags.samples is None and flags.length is None
+    method = methods.find(settings.method) if settings is not None and own else None
+    samples = fit.fit_samples or (method.fit_samples if method else 0)
+    length = fit.fit_length or (method.fit_length if method else 0)
+    if not (samples or length):
+        return calibration
+    default = calibration.tokens.shape
+    return _draw(flags, model, samples or default[0], length or default[1], fit.fit_samples is None)
+
+
+def _draw(flags: Calibration, model: folder.Model, samples: int, length: int, or_fewer: bool) -> data.Calibration:
+    found = data.token_blocks(
+        flags.calibration,
+        model.tokenizer,
+        samples=samples,
+        length=length,
+        seed=flags.seed,
+        or_fewer=or_fewer,
+        sampler=lambda n, t, seed: data.self_blocks(model.params, model.cfg, samples=n, length=t, key=jax.random.key(seed)),
+    )
+    check_tokens(found.tokens, model.cfg, flags.calibration)
+    if len(found.tokens) < samples:
+        say(f"note: {flags.calibration} has {len(found.tokens)} windows of {length} tokens, the method would take {samples}")
+    return found
+
+
+def described(calibration: data.Calibration, fit_tokens: Any = None) -> dict[str, Any]:
+    """What the record says of calibration data."""
+    samples, length = calibration.tokens.shape
+    fit = {} if fit_tokens is None else dict(fit_samples=len(fit_tokens), fit_length=fit_tokens.shape[1])
+    return dict(source=calibration.source, sha256=calibration.sha256, samples=samples, length=length) | fit
