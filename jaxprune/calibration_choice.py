@@ -62,7 +62,7 @@ def choose(
     ...     return surgery.gates_of(plan.select(scores, ({"f": 24},)), cfg)
     >>> candidates = jax.random.randint(jax.random.key(1), (3, 2, 6), 0, 64)
     >>> choice = calibration_choice.choose(candidates, prune, params, cfg, jax.numpy.arange(12).reshape(2, 6))
-    >>> choice.kl[choice.index] == min(choice.kl), len(choice.kl)
+    >>> choice.kl[choice.best] == min(choice.kl), len(choice.kl)
     (True, 3)
     """
     candidates = list(candidates)

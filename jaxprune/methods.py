@@ -43,6 +43,7 @@ class Method(NamedTuple):
       units: unit names that it can score.
       ranking: how its paper spreads the budget, a name in `RANKINGS`.
       reconstruct: what its paper fits the weights that stay to, a name in `recovery.TARGETS`, or none.
+      min_kept: every MLP keeps at least this fraction of its channels.
       fit_samples, fit_length: calibration of the reconstruction; 0 takes that of the scores.
     """
 
@@ -55,6 +56,7 @@ class Method(NamedTuple):
     units: tuple[str, ...] = ("kv", "mlp", "layers")
     ranking: str = "local"
     reconstruct: str = "none"
+    min_kept: float = 0.0
     fit_samples: int = 0
     fit_length: int = 0
 
@@ -105,6 +107,12 @@ def _hywia(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
     return scorers.hywia(loss_fn(cfg, microbatch=options.microbatch), aggregate=options.aggregate or "sum")
 
 
+def _lagrangian(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: allocate.Constraints) -> Any:
+    """Losses of sublayers add up less than they should when little goes: the power grows with the budget."""
+    power = min(0.75 + 0.5 * budget / cfg.decoder_parameters, 1.0)
+    return allocate.lagrangian(power, 1.5)(scores, cfg, budget, constraints)
+
+
 def _standardized(scores: PerLayer, *rest: Any) -> Any:
     return allocate.global_(scorers.standardize()(scores), *rest)
 
@@ -116,7 +124,7 @@ RANKINGS: dict[str, allocate.Allocator] = {
     "gamma": allocate.gamma(3.36),
     "linear": allocate.depth("linear"),
     "log": allocate.depth("log"),
-    "lagrangian": allocate.lagrangian(0.85, 1.5),
+    "lagrangian": _lagrangian,
     "sensitivity": allocate.lagrangian(),
 }
 
@@ -134,6 +142,7 @@ METHODS: dict[str, Method] = {
         units=("kv", "mlp"),
         ranking="lagrangian",
         reconstruct="residual",
+        min_kept=0.27,
         fit_samples=64,
         fit_length=1024,
     ),

@@ -29,7 +29,7 @@ class Settings:
       protect_first, protect_last: layers at the ends that are left alone.
       steps: times that the model is scored and cut, towards the ratio in equal steps.
       multiple_of: MLP widths that change are multiples of this.
-      min_kept: every MLP keeps at least this fraction of its channels.
+      min_kept: every MLP keeps at least this fraction of its channels, or None for the method's own.
       max_distinct: at most this many different layer shapes, or None.
       taylor, aggregate: see `methods.Options`.
       seed: of random numbers.
@@ -45,7 +45,7 @@ class Settings:
     protect_last: int = 0
     steps: int = 1
     multiple_of: int = 8
-    min_kept: float = 0.0
+    min_kept: float | None = None
     max_distinct: int | None = None
     taylor: str = "param_first"
     aggregate: str | None = None
@@ -105,7 +105,7 @@ class Settings:
             layers=(start, stop),
             units=letters if set(letters) <= set("kf") else "kf",
             multiple_of=self.multiple_of,
-            min_kept=self.min_kept,
+            min_kept=methods.find(self.method).min_kept if self.min_kept is None else self.min_kept,
         )
 
 

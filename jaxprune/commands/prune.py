@@ -46,7 +46,7 @@ class Shape:
     """Leave the last N layers alone."""
     multiple_of: Annotated[int, flag("N")] = 8
     """MLP widths are multiples of this."""
-    min_kept: Annotated[float, flag("F")] = 0.0
+    min_kept: Annotated[float | None, flag("F", "the method's own")] = None
     """Every MLP keeps at least this fraction of its channels."""
     max_distinct: Annotated[int | None, flag("N", "no limit")] = None
     """At most this many different layer shapes."""
