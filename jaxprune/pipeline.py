@@ -1,6 +1,7 @@
 """The whole flow of pruning on one screen: score, allocate, select, reconstruct, cut, as often as asked."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from jaxprune import _shapes, allocate, methods, recovery, scorers, sensitivity, surgery
 from jaxprune._losses import Progress
-from jaxprune.models import LlamaConfig, Params, PerLayer, probes, unit_counts
+from jaxprune.models import LlamaConfig, Params, PerLayer, Probes, probes, unit_counts
 from jaxprune.plan import Plan, select
 
 MICROBATCH_TOKENS = 2048  # tokens that go through a layer at a time
@@ -227,7 +228,7 @@ def identity(cfg: LlamaConfig, settings: Settings) -> Plan:
 
 def _batches(tokens: np.ndarray) -> list[np.ndarray]:
     """Few batches of equal size, of about `MICROBATCH_TOKENS` tokens."""
-    size = _divisor(tokens.shape)
+    size = divisor(tokens.shape)
     return [tokens[i : i + size] for i in range(0, len(tokens), size)]
 
 
@@ -235,10 +236,10 @@ def _few(tokens: np.ndarray | None) -> np.ndarray:
     """At most `MICROBATCH_TOKENS` tokens to measure losses on."""
     if tokens is None:
         raise ValueError("ranking: sensitivity measures losses, and this method reads no text; choose another ranking")
-    return tokens[: _divisor(tokens.shape)]
+    return tokens[: divisor(tokens.shape)]
 
 
-def _divisor(shape: tuple[int, int]) -> int:
+def divisor(shape: tuple[int, int]) -> int:
     """The most sequences that divide all of them and have at most `MICROBATCH_TOKENS` tokens."""
     most = max(1, MICROBATCH_TOKENS // shape[1])
     return max(m for m in range(1, shape[0] + 1) if shape[0] % m == 0 and m <= most)
@@ -246,14 +247,35 @@ def _divisor(shape: tuple[int, int]) -> int:
 
 def _score(params, cfg, tokens, settings: Settings, seed: int, progress: Progress | None) -> PerLayer:
     units = "d" if settings.units == ("hidden",) else "kf"
-    microbatch = None if tokens is None else _divisor(tokens.shape)
+    microbatch = None if tokens is None else divisor(tokens.shape)
     options = methods.Options(settings.taylor, settings.aggregate, seed, microbatch, units)
-    make = methods.find(settings.method).scorer
-    assert make is not None, "a method that rotates has no scores"
-    scorer = make(cfg, options)
+    scorer = _scorer(settings.method, cfg, options)
     batches = [] if tokens is None else _batches(tokens) if scorer.additive else [tokens]
     wrapped = batches if progress is None or len(batches) < 2 else progress(batches, "scoring")
     return scorers.score(scorer, params, probes(cfg, units), wrapped)
+
+
+@functools.lru_cache(maxsize=2)  # one scorer, one compiled program, however many calibration sets
+def _scorer(method: str, cfg: LlamaConfig, options: methods.Options) -> scorers.Scorer:
+    make = methods.find(method).scorer
+    assert make is not None, "a method that rotates has no scores"
+    return make(cfg, options)
+
+
+def gates(params: Params, cfg: LlamaConfig, tokens: Any, settings: Settings) -> Probes:
+    """The gates of what one step of `prune` would keep, nothing cut or reconstructed: see `calibration_choice.choose`.
+
+    Args:
+      params, cfg: the model.
+      tokens: int32[samples, t].
+      settings: what to do.
+
+    Raises:
+      ValueError: the settings do not fit the model, or the budget cannot be met at all.
+    """
+    scores = _score(params, cfg, np.asarray(tokens), settings, settings.seed, None)
+    plan = _plan(scores, cfg, round(cfg.decoder_parameters * settings.ratio), settings)
+    return surgery.gates_of(plan, cfg)
 
 
 def _plan(scores: PerLayer, cfg: LlamaConfig, budget: int, settings: Settings) -> Plan:

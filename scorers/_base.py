@@ -64,7 +64,7 @@ def score(scorer: Scorer, params: Params, probes: Probes, batches: Iterable[Toke
         batches = every if len(every) == 1 else [jax.tree.map(lambda *x: jnp.concatenate(x), *every)]
     empty = True
     for tokens in batches:
-        state, empty = step(state, params, probes, tokens), False
+        state, empty = jax.block_until_ready(step(state, params, probes, tokens)), False  # progress tells the truth
     if empty:
         raise ValueError(f"batches: none given; a scorer that needs {scorer.needs} needs at least one calibration batch")
     return scorer.finalize(state)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import jax
 
-from jaxprune import data, folder, methods, pipeline
+from jaxprune import calibration_choice, data, folder, methods, pipeline
 from jaxprune.commands._common import check_tokens, flag, say
 
 
@@ -21,6 +21,8 @@ class Calibration:
     """Tokens in a sequence."""
     calibration_sha256: Annotated[str | None, flag("HEX", "any text will do")] = None
     """Stop unless the calibration text has this SHA-256, as recorded in jaxprune.json."""
+    candidates: Annotated[int, flag("N")] = 1
+    """Draw this many sets and take the one whose pruned model diverges least from the dense one (NIRVANA)."""
     seed: Annotated[int, flag("N")] = 0
     """Of the calibration windows and of random numbers."""
 
@@ -46,10 +48,37 @@ def calibration_tokens(flags: Calibration, settings: pipeline.Settings, model: f
     method = methods.find(settings.method)
     samples = (method.samples if flags.samples is None else flags.samples) * settings.steps
     length = method.length if flags.length is None else flags.length
+    if flags.candidates < 1:
+        raise ValueError(f"candidates: {flags.candidates} given; ask for at least 1")
     found = _draw(flags, model, samples, length, flags.samples is None and settings.steps == 1)
+    if flags.candidates > 1:
+        found = _least_divergence(flags, settings, model, found)
     if flags.calibration_sha256 is not None:
         data.check_sha256(flags.calibration_sha256, found.sha256, flags.calibration)
     return found
+
+
+def _least_divergence(
+    flags: Calibration, settings: pipeline.Settings, model: folder.Model, first: data.Calibration
+) -> data.Calibration:
+    if settings.steps > 1 or methods.find(settings.method).scorer is None or methods.find(settings.method).needs == "weights":
+        raise ValueError(f"candidates: {flags.candidates} given; that is for methods that score a text once; leave it out")
+    samples, length = first.tokens.shape
+
+    def draw(i: int) -> data.Calibration:
+        return _draw(dataclasses.replace(flags, seed=flags.seed + i), model, samples, length, False)
+
+    sets = [first, *map(draw, range(1, flags.candidates))]
+    held_out = draw(flags.candidates).tokens
+    choice = calibration_choice.choose(
+        [found.tokens for found in sets],
+        lambda tokens: pipeline.gates(model.params, model.cfg, tokens, settings),
+        model.params,
+        model.cfg,
+        held_out[: pipeline.divisor(held_out.shape)],
+    )
+    say(f"divergences {', '.join(f'{kl:.4f}' for kl in choice.kl)}: set {choice.best} is taken")
+    return sets[choice.best]
 
 
 def reconstruction_tokens(
