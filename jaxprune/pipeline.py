@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprune import _shapes, allocate, methods, recovery, scorers, sensitivity, surgery
+from jaxprune._constraints import check
 from jaxprune._losses import Progress
 from jaxprune.models import LlamaConfig, Params, PerLayer, Probes, probes, unit_counts
 from jaxprune.plan import Plan, select
@@ -65,6 +66,8 @@ class Settings:
         for name in ("steps", "multiple_of", "max_distinct"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}: {number} given; ask for at least 1")
+        if not 0 <= (self.min_kept or 0.0) < 1:
+            raise ValueError(f"min_kept: {self.min_kept} given; allowed is 0 or more and less than 1")
         if self.protect_first < 0 or self.protect_last < 0:
             raise ValueError(
                 f"protect: {self.protect_first} first and {self.protect_last} last layers given; ask for 0 or more"
@@ -165,6 +168,8 @@ def prune(
     """
     if settings.units == ("rotated",):
         return _sliced(params, cfg, np.asarray(tokens), settings, progress)
+    if set(settings.units) <= {"kv", "mlp"}:
+        check(cfg, round(cfg.decoder_parameters * settings.ratio), settings.constraints(cfg))
     plan, now, small = identity(cfg, settings), cfg, params
     first: PerLayer = ()
     for step in range(settings.steps):

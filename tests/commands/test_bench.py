@@ -110,7 +110,7 @@ def test_ctrl_c_leaves_the_cells_that_are_there(finished, bench, tmp_path, monke
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--methods", "random,tailor"), "method: 'tailor' given; allowed are taylor, "),
+        (("--methods", "random,tailor"), "method: 'tailor' given; allowed are kfac-obs, taylor, "),
         (("--methods", "random:l2"), "methods: 'random:l2' given; only taylor has variants: taylor:param_first, "),
         (("--ratios", 0.2, 1.5), "ratio: 1.5 given; allowed is between 0 and 1"),
         (("--text", "nowhere.txt"), "nowhere.txt: no such file"),

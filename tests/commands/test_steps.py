@@ -1,12 +1,13 @@
 """The commands one after another on a tiny model: what they write is what the next one needs."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-SMALL = ("--samples", 2, "--length", 16)
+SMALL = ("--method", "taylor", "--samples", 2, "--length", 16)
 KEYS = {"plan", "method", "calibration", "seed", "versions", "metrics"}
 
 
@@ -38,7 +39,7 @@ def read(path):
 def test_prune_records_what_makes_it_reproducible(made, dense):
     record, printed = read(made / "pruned" / "jaxprune.json"), read(made / "prune.json")
     assert KEYS <= record.keys()
-    assert record["method"] == record["method"] | dict(name="taylor", ratio=0.5, ranking="local", units=["kv", "mlp"])
+    assert record["method"] == record["method"] | dict(name="taylor", ratio=0.5, ranking=None, units=["kv", "mlp"])
     assert record["calibration"].keys() == {"source", "sha256", "samples", "length"}
     assert record["metrics"]["fraction removed"] == printed["fraction removed"] == 0.5
     assert printed["decoder parameters after"] * 2 == printed["decoder parameters before"]
@@ -161,7 +162,54 @@ def test_methods_are_listed(jaxprune, tmp_path):
     assert jaxprune("methods", "--json", tmp_path / "m.json").status == 0
     rows = read(tmp_path / "m.json")["methods"]
     assert [row["method"] for row in rows] == list(methods.METHODS)
-    assert {"gradients", "weights"} == {row["reads"] for row in rows}
+    assert {"gradients", "activations", "weights"} == {row["reads"] for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("method", "updates"),
+    [
+        ("kfac-obs", ["o", "down"]),
+        ("flap", ["o_bias", "down_bias"]),
+        ("numerical", ["o", "down"]),
+        ("shortgpt", None),
+        ("sublayers", None),
+    ],
+)
+def test_methods_that_reconstruct_or_take_whole_parts(method, updates, dense, jaxprune, tmp_path):
+    small = ("--samples", 4, "--length", 32, "--multiple-of", 1)
+    done = jaxprune("prune", dense, "--out", tmp_path / "out", "--ratio", 0.5, "--method", method, *small)
+    assert done.status == 0, done.err
+    record = read(tmp_path / "out" / "jaxprune.json")
+    assert record["metrics"]["fraction removed"] == pytest.approx(0.5, abs=0.11)
+    assert [update["arrays"] for update in record["updates"]] == ([updates] if updates else [])
+    assert jaxprune("verify", dense, tmp_path / "out").status == 0
+    assert jaxprune("generate", tmp_path / "out", "--prompt", "A word", "--max-new-tokens", 2).status == 0
+
+
+def test_slicegpt_rotates_and_says_so(dense, jaxprune, tmp_path):
+    words = ("--ratio", 0.2, "--method", "slicegpt", "--samples", 4, "--length", 32)
+    done = jaxprune("prune", dense, "--out", tmp_path / "out", *words)
+    assert done.status == 0 and "rotated" in done.err
+    assert jaxprune("generate", tmp_path / "out", "--prompt", "A word", "--max-new-tokens", 2).status == 0
+    refused = jaxprune("verify", dense, tmp_path / "out")
+    assert refused.status == 2 and len(refused.err.splitlines()[-1]) > 20
+
+
+def test_a_plan_is_cut_and_reconstructed(made, dense, jaxprune, tmp_path):
+    plan = ("--plan", made / "pruned" / "jaxprune.json", "--reconstruct", "dense", "--samples", 4, "--length", 32)
+    assert jaxprune("prune", dense, "--out", tmp_path / "out", *plan).status == 0
+    assert read(tmp_path / "out" / "jaxprune.json")["plan"] == read(made / "pruned" / "jaxprune.json")["plan"]
+    assert weights(tmp_path / "out") != weights(made / "pruned")
+    assert jaxprune("verify", dense, tmp_path / "out").status == 0
+
+
+def test_the_candidate_with_the_least_divergence_is_taken(dense, jaxprune, tmp_path):
+    words = ("--ratio", 0.5, "--method", "nirvana", "--samples", 2, "--length", 16, "--candidates", 3)
+    done = jaxprune("prune", dense, "--out", tmp_path / "out", *words)
+    assert done.status == 0, done.err
+    divergences = re.search(r"divergences ([\d., ]+): set (\d) is taken", done.err)
+    values = [float(x) for x in divergences[1].split(",")]
+    assert len(values) == 3 and values[int(divergences[2])] == min(values)
 
 
 def weights(folder):
