@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxprune import allocate, models, pipeline, plan, scorers, surgery
+from jaxprune import models, pipeline, plan, scorers, surgery
 from jaxprune.models import LayerDims, LlamaConfig
 
 CFG = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48),) * 2 + (LayerDims(1, 2, 40),), tie_embeddings=True)
@@ -84,8 +84,14 @@ def close(a, b, rtol=1e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * float(jnp.abs(y).max() + 1e-30)), a, b)
 
 
+@functools.cache
+def scorer_of(name, **options):
+    """One object, so that its update is compiled once for arguments of one shape."""
+    return SCORERS[name](**options)
+
+
 def run(name, batches=(TOKENS,), params=PARAMS, **options):
-    return scorers.score(SCORERS[name](**options), params, PROBES, batches)
+    return scorers.score(scorer_of(name, **options), params, PROBES, batches)
 
 
 @functools.cache
@@ -96,8 +102,7 @@ def reference(name):
 @every
 def test_cutting_equals_gating(name):
     """Law 1."""
-    scores = reference(name)
-    keep = plan.select(scores, allocate.global_(scores, CFG, CFG.decoder_parameters // 3, allocate.Constraints(multiple_of=4)))
+    keep = plan.select(reference(name), ({"k": 1, "f": 24}, {"k": 2, "f": 32}, {"f": 20}))
     small, cfg = surgery.cut(PARAMS, CFG, keep)
     assert cfg.decoder_parameters < CFG.decoder_parameters
     close(models.apply(small, TOKENS, cfg), models.apply(PARAMS, TOKENS, CFG, surgery.gates_of(keep, CFG)))
@@ -106,7 +111,7 @@ def test_cutting_equals_gating(name):
 @pytest.mark.parametrize("name", [n for n in SCORERS if n not in DATA_FREE | DRAWN_BY_SEQUENCE])
 def test_batches_and_order_do_not_matter(name):
     """Law 2: an additive scorer is a sum over sequences, any other gets them all at once."""
-    whole, parts = reference(name), run(name, (TOKENS[5:], TOKENS[:2], TOKENS[2:5]))
+    whole, parts = reference(name), run(name, (TOKENS[4:], TOKENS[:4]))
     close(parts, whole)
 
 
