@@ -1,6 +1,5 @@
 """The whole flow of pruning on one screen: score, allocate, select, reconstruct, cut, as often as asked."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,107 +9,11 @@ import numpy as np
 from jaxprune import _shapes, allocate, methods, recovery, scorers, sensitivity, surgery
 from jaxprune._constraints import check
 from jaxprune._losses import Progress
+from jaxprune._settings import Settings
 from jaxprune.models import LlamaConfig, Params, PerLayer, Probes, probes, unit_counts
 from jaxprune.plan import Plan, select
 
 MICROBATCH_TOKENS = 2048  # tokens that go through a layer at a time
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a plan depends on besides the model and the calibration tokens.
-
-    Attributes:
-      method: a name in `methods.METHODS`.
-      ratio: fraction of the parameters of the attention and MLP matrices of all layers to remove, in (0, 1).
-      units: names of the units that may go: `kv` and `mlp`, or `layers`, or `sublayers`, or `hidden`.
-      ranking: how the budget is spread over layers, a name in `methods.RANKINGS`, or None for the method's own.
-      reconstruct: what the weights that stay are fitted to, a name in `recovery.TARGETS` or `none`, or None for the method's
-        own.
-      layers: layers that may be pruned, half-open, or None for all.
-      protect_first, protect_last: layers at the ends that are left alone.
-      steps: times that the model is scored and cut, towards the ratio in equal steps.
-      multiple_of: MLP widths that change are multiples of this.
-      min_kept: every MLP keeps at least this fraction of its channels, or None for the method's own.
-      max_distinct: at most this many different layer shapes, or None.
-      taylor, aggregate: see `methods.Options`.
-      seed: of random numbers.
-    """
-
-    method: str = methods.DEFAULT
-    ratio: float = 0.2
-    units: tuple[str, ...] = ("kv", "mlp")
-    ranking: str | None = None
-    reconstruct: str | None = None
-    layers: tuple[int, int] | None = None
-    protect_first: int = 0
-    protect_last: int = 0
-    steps: int = 1
-    multiple_of: int = 8
-    min_kept: float | None = None
-    max_distinct: int | None = None
-    taylor: str = "param_first"
-    aggregate: str | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        method = methods.find(self.method)
-        if not 0 < self.ratio < 1:
-            raise ValueError(f"ratio: {self.ratio} given; allowed is between 0 and 1, both excluded")
-        if self.ranking is not None and self.ranking not in methods.RANKINGS:
-            raise ValueError(f"ranking: {self.ranking!r} given; allowed are {', '.join(methods.RANKINGS)}")
-        if self.reconstruct is not None and self.reconstruct not in ("none", *recovery.TARGETS):
-            raise ValueError(f"reconstruct: {self.reconstruct!r} given; allowed are none, {', '.join(recovery.TARGETS)}")
-        if self.target is not None and {"hidden"} & set(self.units):
-            raise ValueError(f"reconstruct: {self.target} given; there is none for hidden channels; set it to none")
-        for name in ("steps", "multiple_of", "max_distinct"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise ValueError(f"{name}: {number} given; ask for at least 1")
-        if not 0 <= (self.min_kept or 0.0) < 1:
-            raise ValueError(f"min_kept: {self.min_kept} given; allowed is 0 or more and less than 1")
-        if self.protect_first < 0 or self.protect_last < 0:
-            raise ValueError(
-                f"protect: {self.protect_first} first and {self.protect_last} last layers given; ask for 0 or more"
-            )
-        unknown = set(self.units) - methods.UNITS.keys()
-        if unknown or not self.units:
-            raise ValueError(f"units: {','.join(self.units)!r} given; allowed are {', '.join(methods.UNITS)}")
-        if self.units == ("rotated",) and self.steps > 1:
-            raise ValueError(f"steps: {self.steps} given; the residual stream is rotated once: leave it out")
-        if len(self.units) > 1 and not set(self.units) <= {"kv", "mlp"}:
-            raise ValueError(
-                f"units: {','.join(self.units)} given; only kv and mlp go together; prune the result again for the others"
-            )
-        if not set(self.units) <= set(method.units):
-            raise ValueError(
-                f"units: {self.method} cannot score {', '.join(sorted(set(self.units) - set(method.units)))}; "
-                f"it scores {', '.join(method.units)}: set --units"
-            )
-
-    @property
-    def allocation(self) -> str:
-        """How the budget is spread."""
-        return self.ranking or methods.find(self.method).ranking
-
-    @property
-    def target(self) -> str | None:
-        """What is reconstructed, or None."""
-        name = methods.find(self.method).reconstruct if self.reconstruct is None else self.reconstruct
-        return None if name == "none" else name
-
-    def constraints(self, cfg: LlamaConfig) -> allocate.Constraints:
-        """The layers and units that may go, on a model."""
-        n = len(cfg.layers)
-        start, stop = self.layers or (0, n)
-        start = max(start, self.protect_first)
-        stop = min(stop, n - self.protect_last) if self.protect_last else stop
-        letters = "".join(methods.UNITS[u] for u in self.units)
-        return allocate.Constraints(
-            layers=(start, stop),
-            units=letters if set(letters) <= set("kf") else "kf",
-            multiple_of=self.multiple_of,
-            min_kept=methods.find(self.method).min_kept if self.min_kept is None else self.min_kept,
-        )
 
 
 class Pruned(NamedTuple):
