@@ -83,17 +83,23 @@ def _choose(items: list[_Item], price: float) -> float:
 
 
 def _fill(items: list[_Item], left: float) -> None:
-    """Removes more, the cheapest first, while that comes nearer to the budget."""
-    while True:
-        best = None
-        for item in items:
-            for j in range(item.chosen + 1, len(item.counts)):
-                more = item.parameters[j] - item.parameters[item.chosen]
-                if abs(left - more) >= left:
-                    break
-                price = (item.losses[j] - item.losses[item.chosen]) / more
-                if best is None or price < best[0]:
-                    best = price, item, j, more
-        if best is None:
-            return
-        best[1].chosen, left = best[2], left - best[3]
+    """Removes more: the cheapest that fits, again and again; in the end one step too many, if that is nearer to the budget."""
+    while left > 0:
+        steps = [(item, j, item.parameters[j] - item.parameters[item.chosen]) for item in items for j in _ahead(item)]
+        fitting = [(item, j, more) for item, j, more in steps if more <= left]
+        if fitting:
+            item, j, more = min(fitting, key=lambda step: _price(*step))
+        else:
+            nearest = min(steps, key=lambda step: abs(left - step[2]), default=None)
+            if nearest is None or abs(left - nearest[2]) >= left:
+                return
+            item, j, more = nearest
+        item.chosen, left = j, left - more
+
+
+def _ahead(item: _Item) -> range:
+    return range(item.chosen + 1, len(item.counts))
+
+
+def _price(item: _Item, j: int, more: float) -> float:
+    return (item.losses[j] - item.losses[item.chosen]) / more

@@ -5,6 +5,8 @@ import dataclasses
 from jaxprune import allocate, methods, recovery
 from jaxprune.models import LlamaConfig
 
+ROOM = 0.8  # a method's own floor is left out where the budget takes more than this part of what the floor lets go
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -21,7 +23,8 @@ class Settings:
       protect_first, protect_last: layers at the ends that are left alone.
       steps: times that the model is scored and cut, towards the ratio in equal steps.
       multiple_of: MLP widths that change are multiples of this.
-      min_kept: every MLP keeps at least this fraction of its channels, or None for the method's own.
+      min_kept: every MLP keeps at least this fraction of its channels, or None for the method's own, which gives way to
+        budgets that leave it no room.
       max_distinct: at most this many different layer shapes, or None.
       taylor, aggregate: see `methods.Options`.
       seed: of random numbers.
@@ -95,9 +98,12 @@ class Settings:
         start = max(start, self.protect_first)
         stop = min(stop, n - self.protect_last) if self.protect_last else stop
         letters = "".join(methods.UNITS[u] for u in self.units)
-        return allocate.Constraints(
+        constraints = allocate.Constraints(
             layers=(start, stop),
             units=letters if set(letters) <= set("kf") else "kf",
             multiple_of=self.multiple_of,
-            min_kept=methods.find(self.method).min_kept if self.min_kept is None else self.min_kept,
+            min_kept=self.min_kept or 0.0,
         )
+        own = dataclasses.replace(constraints, min_kept=methods.find(self.method).min_kept)
+        room = ROOM * allocate.reachable(cfg, own) >= self.ratio * cfg.decoder_parameters
+        return own if self.min_kept is None and room else constraints
