@@ -24,14 +24,14 @@ def compiled_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-@pytest.fixture(autouse=True)
-def quick_compilation(request):
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
     """Compiling is most of what tests of tiny models take, so XLA optimises the programs of the real model alone."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", request.node.get_closest_marker("real") is None)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    quick = item.get_closest_marker("real") is None
+    jax.config.update("jax_disable_most_optimizations", quick)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))  # of processes that tests start
 
 
 class Tiny(NamedTuple):

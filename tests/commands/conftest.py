@@ -66,7 +66,7 @@ def refused(jaxprune, tmp_path):
         *progress, last = done.err.splitlines()
         assert done.status == 2 and done.out == "", done
         assert last.startswith("jaxprune: error: "), done.err
-        assert all(re.search(r" \.\.\.$|^== |, step \d|^text data: ", line) for line in progress), done.err
+        assert all(re.search(r" \.\.\.$|^== |, step \d|^text data: |it\]$|it/s\]$", line) for line in progress), done.err
         assert _files(tmp_path) == before
         return last
 
