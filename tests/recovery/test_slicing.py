@@ -153,7 +153,7 @@ def test_the_cache_and_the_flax_module_compute_the_same(sliced):
 
 def test_what_is_observed_leads_to_the_final_stream(sliced):
     params, cfg = sliced
-    sites = models.observe(params, tokens(), cfg, lambda sites: {a: (s.read, s.after) for a, s in sites.items()})
+    sites = models.observe(params, tokens(), lambda sites: {a: (s.read, s.after) for a, s in sites.items()}, cfg)
     final = models.rms_norm(sites[-1]["f"][1], params["norm"], cfg.norm_eps, width=cfg.norm_width)
     np.testing.assert_allclose(final, models.hidden(params, tokens(), cfg), atol=1e-5, rtol=1e-5)
     squares = (sites[0]["f"][0] ** 2).sum(-1)  # of the stream over its mean square in the dense width
