@@ -68,6 +68,8 @@ def probes(cfg: LlamaConfig, units: str = "kf") -> Probes:
     ((2,), (2, 3, 8), (48,))
     """
 
+    square = jnp.zeros((cfg.d, cfg.d), jnp.float32)  # one array for all layers: nothing is written to templates
+
     def layer(dims: LayerDims) -> tuple[dict, dict, dict, dict]:
         size, arrays = cfg.sizes(dims), cfg.layer_arrays(dims)
         alive = [u for u in units if size[u]]
@@ -81,7 +83,7 @@ def probes(cfg: LlamaConfig, units: str = "kf") -> Probes:
             for u in alive
             if u in "kf"
         }
-        output = {u: jnp.zeros((cfg.d, cfg.d), jnp.float32) for u in taps}
+        output = dict.fromkeys(taps, square)
         return gates, taps, output, {u: jnp.zeros([size[a] for a in axes.UNITS[u]], jnp.float32) for u in taps}
 
     gates, taps, output, inputs = zip(*map(layer, cfg.layers), strict=True)
