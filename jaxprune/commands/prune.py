@@ -149,6 +149,7 @@ def run(args: Prune) -> dict[str, Any]:
         for note in pruned.notes:
             say(f"note: {note}")
         result = summary(model.cfg, pruned, report, seconds)
+        model = model._replace(params=None)  # saving reads the pruned weights alone: the dense ones need not stay in memory
         record = dict(
             plan=json.loads(pruned.plan.to_json()),
             method=dict(name="plan" if args.plan else args.method) | ({} if args.plan else dataclasses.asdict(settings)),
