@@ -68,6 +68,7 @@ def full_widths(cfg: LlamaConfig) -> list[dict[str, int]]:
 
 
 def check(cfg: LlamaConfig, budget: int, constraints: Constraints) -> None:
+    """Raises ValueError if the budget is more than can be removed."""
     most = reachable(cfg, constraints)
     if budget > most:
         raise ValueError(

@@ -25,7 +25,7 @@ def lagrangian(power: float = 1.0, attention: float = 1.0):
     r"""Minimises the sum of the losses of all sublayers for the budget, by bisection on the price of a parameter.
 
     Scores are read as curves: the n-th smallest score of a sublayer is what removing its n cheapest units loses in all, as
-    `kronecker.kronecker_obs` and `sensitivity.measured` give it.
+    `kronecker.kronecker_obs` and `sensitivity.curves` give it.
 
     .. math:: \min_n \sum_s \ell_s(n_s)^p \quad \text{such that} \quad \sum_s c_s n_s \ge B
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from jaxprune._blocks import blocks, spend
 from jaxprune._constraints import Constraints, check, full_widths, removed
 from jaxprune.models import LlamaConfig, PerLayer, unit_costs
 from jaxprune.plan import Widths
@@ -31,12 +32,9 @@ def whole_layers(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: C
     """
     widths, costs, chosen = full_widths(cfg), unit_costs(cfg), constraints.chosen(cfg)
     totals = {i: sum(float(np.sum(x)) for x in scores[i].values()) for i in chosen if widths[i]}
-    left = budget
-    for i in sorted(totals, key=lambda i: (totals[i], i)):
-        cost = sum(costs[i][a] * n for a, n in widths[i].items())
-        if abs(left - cost) < left:
-            widths[i] = dict.fromkeys(widths[i], 0)
-            left -= cost
+    lowest = sorted(totals, key=lambda i: (totals[i], i))
+    for i in spend(budget, ((sum(costs[i][a] * n for a, n in widths[i].items()), i) for i in lowest)):
+        widths[i] = dict.fromkeys(widths[i], 0)
     if not any(n for layer in widths for n in layer.values()):
         raise ValueError(f"budget: removing {budget} parameters given, which is every layer; lower --ratio")
     return tuple(widths)
@@ -103,12 +101,8 @@ def sublayers(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Cons
     """
     widths, costs = full_widths(cfg), unit_costs(cfg)
     items = [(float(np.mean(scores[i][a])), i, a) for i in constraints.chosen(cfg) for a in widths[i] if a in constraints.units]
-    left = budget
-    for _, i, a in sorted(items):
-        cost = costs[i][a] * widths[i][a]
-        if abs(left - cost) < left:
-            widths[i][a] = 0
-            left -= cost
+    for i, a in spend(budget, ((costs[i][a] * widths[i][a], (i, a)) for _, i, a in sorted(items))):
+        widths[i][a] = 0
     if not any(n for layer in widths for n in layer.values()):
         raise ValueError(f"budget: removing {budget} parameters given, which is every sublayer; lower --ratio")
     return tuple(widths)
@@ -153,27 +147,12 @@ def gamma(factor: float = 3.36) -> Callable[..., Widths]:
                     widths[i]["k"] -= 1
                     left -= costs[i]["k"]
         axis = "f" if "f" in constraints.units else "k"
-        for _, i, n in _blocks(scores, widths, axis, constraints, cfg):
-            if abs(left - costs[i][axis] * n) < left:
-                widths[i][axis] -= n
-                left -= costs[i][axis] * n
+        lowest = blocks(scores, widths, cfg, constraints, axis)
+        for i, a, n in spend(left, ((costs[i][a] * n, (i, a, n)) for i, a, n in lowest)):
+            widths[i][a] -= n
         return tuple(widths)
 
     return allocate
-
-
-def _blocks(scores: PerLayer, widths: list[dict[str, int]], axis: str, constraints: Constraints, cfg: LlamaConfig):
-    """Blocks of units of one axis in the order of their mean score: score, layer, units."""
-    found = []
-    for i in constraints.chosen(cfg):
-        if not (n := widths[i].get(axis)):
-            continue
-        s, step = np.sort(np.asarray(scores[i][axis], np.float64)), constraints.multiple_of if axis == "f" else 1
-        start = 0
-        for end in range(n - (n - 1) // step * step, n - constraints.fewest(axis, n) + 1, step):
-            found.append((s[start:end].mean(), i, end - start))
-            start = end
-    return sorted(found)
 
 
 def depth(schedule: str = "linear", slope: float = 0.5) -> Callable[..., Widths]:

@@ -6,8 +6,7 @@ Budgets are parameters of the attention and MLP matrices to remove, costs are pa
 from collections.abc import Callable
 from typing import TypeAlias
 
-import numpy as np
-
+from jaxprune._blocks import blocks, spend
 from jaxprune._constraints import Constraints, check, full_widths, reachable, removed
 from jaxprune._curves import lagrangian
 from jaxprune._rules import depth, gamma, llm_pruner, sublayers, whole_layers
@@ -95,21 +94,7 @@ def global_(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constr
     """
     check(cfg, budget, constraints)
     widths, costs = full_widths(cfg), unit_costs(cfg)
-    items = []  # score, layer, axis, units
-    for i in constraints.chosen(cfg):
-        for a, n in widths[i].items():
-            if a not in constraints.units:
-                continue
-            s, step = np.sort(np.asarray(scores[i][a], np.float64)), constraints.multiple_of if a == "f" else 1
-            ends = range(n - (n - 1) // step * step, n - constraints.fewest(a, n) + 1, step)
-            start = 0
-            for end in ends:
-                items.append((s[start:end].mean(), i, a, end - start))
-                start = end
-    left = budget
-    for _, i, a, n in sorted(items):
-        cost = costs[i][a] * n
-        if abs(left - cost) < left:
-            widths[i][a] -= n
-            left -= cost
+    lowest = blocks(scores, widths, cfg, constraints, constraints.units)
+    for i, a, n in spend(budget, ((costs[i][a] * n, (i, a, n)) for i, a, n in lowest)):
+        widths[i][a] -= n
     return tuple(widths)
