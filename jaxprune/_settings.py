@@ -54,13 +54,14 @@ class Settings:
             raise ValueError(f"ranking: {self.ranking!r} given; allowed are {', '.join(methods.RANKINGS)}")
         if self.reconstruct is not None and self.reconstruct not in ("none", *recovery.TARGETS):
             raise ValueError(f"reconstruct: {self.reconstruct!r} given; allowed are none, {', '.join(recovery.TARGETS)}")
-        if self.target is not None and {"hidden"} & set(self.units):
-            raise ValueError(f"reconstruct: {self.target} given; there is none for hidden channels; set it to none")
-        for name in ("steps", "multiple_of", "max_distinct"):
+        if self.target is not None and {"hidden", "rotated"} & set(self.units):
+            raise ValueError(
+                f"reconstruct: {self.target} given; there is none for the residual stream's channels; set it to none"
+            )
+        allocate.Constraints(multiple_of=self.multiple_of, min_kept=self.min_kept or 0.0)  # refuses what makes no sense
+        for name in ("steps", "max_distinct"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}: {number} given; ask for at least 1")
-        if not 0 <= (self.min_kept or 0.0) < 1:
-            raise ValueError(f"min_kept: {self.min_kept} given; allowed is 0 or more and less than 1")
         if self.protect_first < 0 or self.protect_last < 0:
             raise ValueError(
                 f"protect: {self.protect_first} first and {self.protect_last} last layers given; ask for 0 or more"

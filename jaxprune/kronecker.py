@@ -9,6 +9,7 @@ import numpy as np
 from jaxprune.models import LlamaConfig, Params, PerLayer, loss_fn, observe, sample_targets
 from jaxprune.recovery import greedy
 from jaxprune.scorers import Scorer
+from jaxprune.scorers._sites import grams
 
 
 class State(NamedTuple):
@@ -63,18 +64,17 @@ def kronecker_obs(
     loss = loss_fn(cfg)
 
     def collect(sites):
-        rows = {a: s.z.reshape(-1, int(np.prod(s.z.shape[2:]))).astype(jnp.float32) for a, s in sites.items()}
-        return {a: jnp.matmul(x.T, x, precision="highest") for a, x in rows.items()}, {a: s.w for a, s in sites.items()}
+        return grams(sites), {a: s.w.astype(jnp.float32) for a, s in sites.items()}
 
     def init(probes: Any) -> State:
         inputs = probes["inputs"]
-        grams = tuple({a: jnp.zeros((x.size, x.size), jnp.float32) for a, x in layer.items()} for layer in inputs)
+        moments = tuple({a: jnp.zeros((x.size, x.size), jnp.float32) for a, x in layer.items()} for layer in inputs)
         weights = tuple({a: jnp.zeros((*x.shape, cfg.d), jnp.float32) for a, x in layer.items()} for layer in inputs)
-        return State(grams, jax.tree.map(jnp.zeros_like, probes["output"]), weights, jnp.float32(0))
+        return State(moments, jax.tree.map(jnp.zeros_like, probes["output"]), weights, jnp.float32(0))
 
     def update(state: State, params: Params, probes: Any, tokens: jax.Array) -> State:
         seen = observe(params, tokens, collect, cfg)
-        grams = tuple(gram for gram, _ in seen)
+        moments, weights = tuple(m for m, _ in seen), tuple(w for _, w in seen)
         metrics = jax.tree.map(jnp.zeros_like, probes["output"])
         if fisher:
             own = jax.random.fold_in(key, state.tokens.astype(jnp.int32))
@@ -85,10 +85,9 @@ def kronecker_obs(
             metrics = jax.grad(lambda m: length * loss(params, {"output": m}, labelled).sum())(metrics)
         count = jnp.float32(tokens.size)
         if axis_name is not None:
-            grams, metrics, count = jax.lax.psum((grams, metrics, count), axis_name)
-        weights = jax.tree.map(lambda w: w.astype(jnp.float32), tuple(w for _, w in seen))
+            moments, metrics, count = jax.lax.psum((moments, metrics, count), axis_name)
         return State(
-            jax.tree.map(jnp.add, state.grams, grams),
+            jax.tree.map(jnp.add, state.grams, moments),
             jax.tree.map(jnp.add, state.metrics, metrics),
             weights,
             state.tokens + count,

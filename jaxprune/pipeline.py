@@ -82,9 +82,8 @@ def prune(
         first = first or scores
         on_step(f"cutting, step {step + 1} of {settings.steps}")
         target = round(cfg.decoder_parameters * settings.ratio * (step + 1) / settings.steps)
-        if settings.allocation == "sensitivity":
-            scores = sensitivity.curves(small, now, scores, _few(batch), progress=progress)
-        more = _plan(scores, now, target - (cfg.decoder_parameters - now.decoder_parameters), settings)
+        budget = target - (cfg.decoder_parameters - now.decoder_parameters)
+        more = _plan(small, now, batch, scores, budget, settings, progress)
         plan = plan.then(more)
         fit = tokens if fit_tokens is None else fit_tokens
         small, now, _, _, _, updates = by_plan(params, cfg, plan, fit, settings.target, progress=progress)
@@ -108,7 +107,7 @@ def by_plan(
       params, cfg: the model.
       plan: what to keep.
       tokens: int32[samples, t] for reconstruction; not read without one.
-      target: see `recovery.reconstruct`; None or `none` leaves the weights as they are.
+      target: see `recovery.reconstruct`; None leaves the weights as they are.
       progress: as in `prune`.
 
     Raises:
@@ -116,7 +115,7 @@ def by_plan(
     """
     updates: tuple[dict[str, Any], ...] = ()
     fitted, fitted_cfg = params, cfg
-    if target not in (None, "none"):
+    if target is not None:
         if tokens is None:
             raise ValueError(f"reconstruct: {target} given, which reads calibration tokens; give some, or set it to none")
         batches = _batches(np.asarray(tokens))
@@ -181,12 +180,13 @@ def gates(params: Params, cfg: LlamaConfig, tokens: Any, settings: Settings) -> 
     Raises:
       ValueError: the settings do not fit the model, or the budget cannot be met at all.
     """
-    scores = _score(params, cfg, np.asarray(tokens), settings, settings.seed, None)
-    plan = _plan(scores, cfg, round(cfg.decoder_parameters * settings.ratio), settings)
-    return surgery.gates_of(plan, cfg)
+    tokens = np.asarray(tokens)
+    scores = _score(params, cfg, tokens, settings, settings.seed, None)
+    budget = round(cfg.decoder_parameters * settings.ratio)
+    return surgery.gates_of(_plan(params, cfg, tokens, scores, budget, settings, None), cfg)
 
 
-def _plan(scores: PerLayer, cfg: LlamaConfig, budget: int, settings: Settings) -> Plan:
+def _plan(params, cfg, tokens, scores: PerLayer, budget: int, settings: Settings, progress: Progress | None) -> Plan:
     if settings.units == ("hidden",):
         step = settings.multiple_of
         kept = round(cfg.d * (1 - budget / cfg.decoder_parameters) / step) * step
@@ -195,7 +195,10 @@ def _plan(scores: PerLayer, cfg: LlamaConfig, budget: int, settings: Settings) -
     if settings.units in (("layers",), ("sublayers",)):
         rule = allocate.whole_layers if settings.units == ("layers",) else allocate.sublayers
         return _all_or_nothing(rule(scores, cfg, budget, constraints), cfg)
-    widths = methods.RANKINGS[settings.allocation](scores, cfg, budget, constraints)
+    curves = scores
+    if settings.allocation == "sensitivity":
+        curves = sensitivity.curves(params, cfg, scores, _few(tokens), progress=progress)
+    widths = methods.RANKINGS[settings.allocation](curves, cfg, budget, constraints)
     if settings.max_distinct is not None:
         widths = _shapes.merge(widths, cfg, budget, constraints, settings.max_distinct)
     return select(scores, widths)

@@ -2,14 +2,13 @@
 
 from jaxprune.models import axes
 from jaxprune.models._hf import from_hf_config, to_hf_config
-from jaxprune.models._rope import tables as rope_tables
 from jaxprune.models.checkpoint import load, resolve, save
 from jaxprune.models.config import LayerDims, LlamaConfig, Run
 from jaxprune.models.flax_tree import from_flax, load_flax_msgpack, save_flax_msgpack, to_flax
-from jaxprune.models.llama import apply, attention, block, head, hidden, mlp, project, rms_norm
+from jaxprune.models.llama import apply, block, head, hidden, mlp, project, rms_norm
 from jaxprune.models.losses import loss_fn, max_logits_fn, sample_targets, token_kl, token_losses
 from jaxprune.models.module import Llama
-from jaxprune.models.observe import Site, observe
+from jaxprune.models.observe import Site, observe, reads
 from jaxprune.models.params import count_parameters, init, probes, shapes
 from jaxprune.models.tokenizer import load_tokenizer
 from jaxprune.models.types import LossFn, Params, PerLayer, Probes, Tokens
@@ -27,7 +26,6 @@ __all__ = [
     "Site",
     "Tokens",
     "apply",
-    "attention",
     "axes",
     "block",
     "count_parameters",
@@ -47,7 +45,7 @@ __all__ = [
     "project",
     "resolve",
     "rms_norm",
-    "rope_tables",
+    "reads",
     "sample_targets",
     "save",
     "save_flax_msgpack",

@@ -125,10 +125,10 @@ def _layer(p, x, cfg, rope, probes, microbatch, axis_name):
     def one(x):
         return block(_taps.inner(p, squares), x, cfg, rope, probes.get("gates", {}), output=probes.get("output"))[0]
 
-    return in_microbatches(one, x, 1 if squares else microbatch)
+    return _in_microbatches(one, x, 1 if squares else microbatch)
 
 
-def in_microbatches(f: Callable[[jax.Array], jax.Array], x: jax.Array, microbatch: int | None) -> jax.Array:
+def _in_microbatches(f: Callable[[jax.Array], jax.Array], x: jax.Array, microbatch: int | None) -> jax.Array:
     """`f(x)`, so many sequences at a time; None is all of them."""
     b = x.shape[0]
     if microbatch is None or microbatch >= b:

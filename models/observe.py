@@ -30,6 +30,20 @@ class Site(NamedTuple):
     after: jax.Array
 
 
+def reads(p: dict, name: str, x: jax.Array, cfg: LlamaConfig) -> jax.Array:
+    """What an output projection of one layer reads: [b, t, k, g, h] of the attention, [b, t, f] of the MLP.
+
+    Args:
+      p: arrays of the layer, by name.
+      name: `o` or `down`.
+      x: residual stream before the sublayer, [b, t, d].
+      cfg: the model.
+    """
+    if name == "down":
+        return mlp(p, x, cfg, {})
+    return attention(p, x, cfg, _rope.tables(cfg, jnp.arange(x.shape[1]), x.shape[1]), {})[0]
+
+
 Reduce = Callable[[dict[Axis, Site]], Any]
 
 
@@ -54,7 +68,6 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
     (3, (48,))
     """
     x = params["embed"][tokens]
-    rope = _rope.tables(cfg, jnp.arange(tokens.shape[1]), tokens.shape[1])
     out: list[Any] = []
     for run in cfg.runs:
         if not (arrays := params.get(run.name, {})):
@@ -66,7 +79,7 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
             for axis, name in (("k", "o"), ("f", "down")):
                 z, before = None, x
                 if name in p:
-                    z = attention(p, x, cfg, rope, {})[0] if axis == "k" else mlp(p, x, cfg, {})
+                    z = reads(p, name, x, cfg)
                 x = project(p, name, x, z, {})
                 if z is not None:
                     norm = p["attn_norm" if axis == "k" else "mlp_norm"]

@@ -41,8 +41,12 @@ def inverse(a: np.ndarray) -> np.ndarray:
     return solve(a, np.eye(len(a)))
 
 
+def damping(gram: np.ndarray, damp: float) -> float:
+    """What is added to the diagonal: `damp` means of it, or 1 where it is empty."""
+    size = float(np.trace(np.asarray(gram, np.float64))) / max(len(gram), 1)
+    return damp * size if size > 0 else 1.0
+
+
 def damped(gram: np.ndarray, damp: float) -> np.ndarray:
-    """`gram + damp * mean(diag(gram)) * I`, float64; with an empty diagonal, `gram + I`."""
-    gram = np.asarray(gram, np.float64)
-    size = float(np.trace(gram)) / max(len(gram), 1)
-    return gram + (damp * size if size > 0 else 1.0) * np.eye(len(gram))
+    """`gram` with `damping(gram, damp)` added to its diagonal, float64."""
+    return np.asarray(gram, np.float64) + damping(gram, damp) * np.eye(len(gram))

@@ -10,7 +10,7 @@ of Search-LLM, the compensation of Numerical Pruning and the structured case of 
 
 import numpy as np
 
-from jaxprune.recovery._solve import damped, solve
+from jaxprune.recovery._solve import damping, inverse, solve
 
 
 def masked_least_squares(w: np.ndarray, gram: np.ndarray, keep: np.ndarray, damp: float = 1e-2) -> np.ndarray:
@@ -37,10 +37,9 @@ def masked_least_squares(w: np.ndarray, gram: np.ndarray, keep: np.ndarray, damp
     >>> recovery.masked_least_squares(np.array([[1.0, 1.0]]), x @ x.T, np.array([0]), damp=1e-9).round(6).tolist()
     [[3.0]]
     """
-    gram = damped(gram, damp)
     if len(keep) == len(gram):
         return np.asarray(w, np.float64)
-    return solve(gram[np.ix_(keep, keep)], gram[keep] @ np.asarray(w, np.float64).T).T
+    return least_squares_to(np.asarray(w, np.float64) @ np.asarray(gram, np.float64), gram, w, keep, damp)
 
 
 def least_squares_to(target: np.ndarray, gram: np.ndarray, w: np.ndarray, keep: np.ndarray, damp: float = 1e-2) -> np.ndarray:
@@ -69,8 +68,9 @@ def least_squares_to(target: np.ndarray, gram: np.ndarray, w: np.ndarray, keep: 
     True
     """
     gram, w, target = (np.asarray(a, np.float64) for a in (gram, w, target))
-    ridge = damped(gram, damp) - gram
-    return solve((gram + ridge)[np.ix_(keep, keep)], (target + w @ ridge)[:, keep].T).T
+    ridge = damping(gram, damp)
+    kept = gram[np.ix_(keep, keep)] + ridge * np.eye(len(keep))
+    return solve(kept, (target[:, keep] + ridge * w[:, keep]).T).T
 
 
 def admm(
@@ -108,12 +108,10 @@ def admm(
     scaled = gram / np.outer(norm, norm) + damp * np.eye(len(gram))
     w = w * norm
     target = scaled @ w.T
-    inner = scaled + rho * np.eye(len(gram))
-    z, u = w.copy(), np.zeros_like(w)
-    inverse = solve(inner, np.eye(len(gram)))
-    x = w
+    shared = inverse(scaled + rho * np.eye(len(gram)))
+    x, u = w, np.zeros_like(w)
     for _ in range(iterations):
         z = (x + u) * kept
         u = u + x - z
-        x = (inverse @ (target + rho * (z - u).T)).T
+        x = (shared @ (target + rho * (z - u).T)).T
     return (x + u) * kept / norm

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.models import LlamaConfig, Params, PerLayer, attention, axes, mlp, project, rope_tables
+from jaxprune.models import LlamaConfig, Params, PerLayer, axes, project, reads
 from jaxprune.recovery.least_squares import least_squares_to, masked_least_squares
 
 TARGETS = ("dense", "weights", "residual", "bias")
@@ -111,26 +111,20 @@ def _with_biases(cfg: LlamaConfig) -> LlamaConfig:
     return dataclasses.replace(cfg, biases=biases)
 
 
-def _reads(p, axis: str, x, cfg):
-    if axis == "f":
-        return mlp(p, x, cfg, {})
-    return attention(p, x, cfg, rope_tables(cfg, jnp.arange(x.shape[1]), x.shape[1]), {})[0]
-
-
 @functools.partial(jax.jit, static_argnames=("axis", "cfg"))
 def _after(p, axis, x, cfg):
-    return project(p, OUT[axis], x, _reads(p, axis, x, cfg), {})
+    return project(p, OUT[axis], x, reads(p, OUT[axis], x, cfg), {})
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "cfg", "target"), donate_argnames="sums")
 def _step(p, axis, dense, pruned, sums, target, cfg):
     """The residual stream of the dense model after a sublayer, and the sums with one more batch; either may be left out."""
-    z = _reads(p, axis, dense, cfg)
+    z = reads(p, OUT[axis], dense, cfg)
     after = project(p, OUT[axis], dense, z, {})
     if sums is None:
         return after, None
     if pruned is not None and target in ("weights", "residual"):
-        z = _reads(p, axis, pruned, cfg)
+        z = reads(p, OUT[axis], pruned, cfg)
     rows = z.reshape(-1, int(np.prod(z.shape[2:]))).astype(jnp.float32)
     total, tokens = sums.total + rows.sum(0), sums.tokens + len(rows)
     if target == "bias":

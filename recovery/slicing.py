@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.models import LlamaConfig, Params, attention, axes, mlp, project, rope_tables
+from jaxprune.models import LlamaConfig, Params, axes, project, reads
 from jaxprune.recovery._solve import damped
 
 DAMP = 0.01  # of the mean diagonal, as the released code
@@ -82,10 +82,10 @@ def slice_gpt(
         name, i, dims = where[layer]
         p = {n: params[name][n][i] for n in cfg.layer_arrays(dims)}
         out: dict[str, jax.Array] = {}
-        for writes, norm, reads in SUBLAYERS:
+        for writes, norm, readers in SUBLAYERS:
             stream = [_after(p, writes, x, q, cfg) for x in stream]
             after = _components(stream, width, f"layer {layer}") if writes in p else q
-            out |= _rotated(p, writes, norm, reads, q, after, params["embed"].dtype)
+            out |= _rotated(p, writes, norm, readers, q, after, params["embed"].dtype)
             q = after
         for n, x in out.items():
             sliced[name].setdefault(n, []).append(x)
@@ -150,11 +150,7 @@ def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 def _after(p: dict, writes: str, x: jax.Array, q: jax.Array, cfg: LlamaConfig) -> jax.Array:
     """The stream after a sublayer that reads `x` projected onto the components `q`."""
     x = _matmul(_matmul(x, q), q.T)
-    z = None
-    if writes in p:
-        rope = rope_tables(cfg, jnp.arange(x.shape[1]), x.shape[1])
-        z = attention(p, x, cfg, rope, {})[0] if writes == "o" else mlp(p, x, cfg, {})
-    return project(p, writes, x, z, {})
+    return project(p, writes, x, reads(p, writes, x, cfg) if writes in p else None, {})
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -186,15 +182,17 @@ def _read(gain: jax.Array, w: jax.Array, q: jax.Array) -> jax.Array:
     return rows.reshape(-1, *w.shape[1:]).astype(w.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("writes", "norm", "reads", "dtype"))
-def _rotated(p: dict, writes: str, norm: str, reads: tuple[str, ...], q: jax.Array, after: jax.Array, dtype: Any) -> dict:
+@functools.partial(jax.jit, static_argnames=("writes", "norm", "readers", "dtype"))
+def _rotated(p: dict, writes: str, norm: str, readers: tuple[str, ...], q: jax.Array, after: jax.Array, dtype: Any) -> dict:
     """The arrays of one sublayer between the components `q` and `after`."""
     shortcut = axes.SHORTCUT_BESIDE[writes]
     turn = _matmul(_precise(p[shortcut]), after) if shortcut in p else after
     out = {shortcut: jnp.matmul(q.T, turn, precision="highest").astype(dtype)}
     if writes in p:
         out |= {norm: jnp.ones(q.shape[1], p[norm].dtype), writes: _matmul(p[writes], after)}
-        out |= {n: _read(p[norm], p[n], q) for n in reads} | {f"{n}_bias": p[f"{n}_bias"] for n in reads if f"{n}_bias" in p}
+        out |= {n: _read(p[norm], p[n], q) for n in readers} | {
+            f"{n}_bias": p[f"{n}_bias"] for n in readers if f"{n}_bias" in p
+        }
     if f"{writes}_bias" in p:
         out[f"{writes}_bias"] = _matmul(p[f"{writes}_bias"], after)
     return out

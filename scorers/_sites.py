@@ -1,5 +1,6 @@
 """Scorers from activations: sums over tokens of what a reduction finds at each sublayer."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -82,6 +83,12 @@ class _Like(NamedTuple):
 def _like(x: jax.Array, d: int) -> _Like:
     w, z, stream = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((*x.shape, d), (1, 1, *x.shape), (1, 1, d)))
     return _Like(w, z, stream, stream, stream)
+
+
+def grams(sites: Sites) -> dict[Axis, jax.Array]:
+    """Sum over tokens of x x^T of what each output projection reads, float32[inputs, inputs]."""
+    rows = {a: tokens_axes(s.z).reshape(-1, math.prod(s.z.shape[2:])) for a, s in sites.items()}
+    return {a: jnp.matmul(x.T, x, precision="highest") for a, x in rows.items()}
 
 
 def over_units(x: jax.Array, how: Callable = jnp.sum) -> jax.Array:

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.scorers._base import Scorer
-from jaxprune.scorers._sites import Observe, from_sites, tokens_axes
+from jaxprune.scorers._sites import Observe, from_sites, grams
 
 
 def numerical(observe: Observe, damp: float = 1e-2, axis_name: str | None = None) -> Scorer:
@@ -37,10 +37,6 @@ def numerical(observe: Observe, damp: float = 1e-2, axis_name: str | None = None
     -1.0
     """
 
-    def collect(sites):
-        rows = {a: tokens_axes(s.z).reshape(-1, int(np.prod(s.z.shape[2:]))) for a, s in sites.items()}
-        return {a: jnp.matmul(x.T, x, precision="highest") for a, x in rows.items()}
-
     def weigh(axis, w):
         del axis
         return w.astype(jnp.float32)
@@ -57,4 +53,4 @@ def numerical(observe: Observe, damp: float = 1e-2, axis_name: str | None = None
         del count
         return tuple({a: one(g[a], w[a]) for a in g} for g, w in zip(sums, weights, strict=True))
 
-    return from_sites(observe, collect, weigh, finish, axis_name)
+    return from_sites(observe, grams, weigh, finish, axis_name)

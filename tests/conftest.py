@@ -22,6 +22,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))  # of processes that tests start
 
 
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Compiled programs go with their module: a process may map 65,530 areas of memory, and each program takes some."""
+    import jax
+
+    if nextitem is None or nextitem.path != item.path:
+        jax.clear_caches()
+
+
 class Tiny(NamedTuple):
     """A random model with three layers in two runs, and int32[2, 12] tokens for it."""
 

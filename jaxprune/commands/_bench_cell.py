@@ -13,7 +13,7 @@ from jaxprune import folder, methods, pipeline
 from jaxprune._json import plain
 from jaxprune._progress import progress
 from jaxprune.commands import evaluate
-from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described, reconstruction_tokens
+from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described
 from jaxprune.commands._common import peak_memory, say, stage
 from jaxprune.scorers.taylor import KINDS
 
@@ -120,11 +120,8 @@ def _pruned(cell: Cell, method: str, model: folder.Model) -> tuple[folder.Model,
     how = settings(method, cell.ratio, flags.seed)
     tokens = fit = read = None
     if methods.find(how.method).needs != "weights":
-        calibration = calibration_tokens(flags, how, model)
-        tokens = calibration.tokens
-        if how.target is not None:
-            fit = reconstruction_tokens(flags, Reconstruction(), how, model, calibration).tokens
-        read = described(calibration, fit)
+        calibration, fit = calibration_tokens(flags, Reconstruction(), how, model, how.target)
+        tokens, read = calibration.tokens, described(calibration, fit)
     begin = time.perf_counter()
     small = pipeline.prune(model.params, model.cfg, tokens, how, say, fit_tokens=fit, progress=progress)
     jax.block_until_ready(small.params)

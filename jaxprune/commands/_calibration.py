@@ -40,11 +40,41 @@ class Reconstruction:
     """Tokens in such a sequence."""
 
 
-def calibration_tokens(flags: Calibration, settings: pipeline.Settings, model: folder.Model) -> data.Calibration:
-    """The calibration tokens that the flags ask for, each step's own.
+def calibration_tokens(
+    flags: Calibration,
+    fit: Reconstruction,
+    settings: pipeline.Settings,
+    model: folder.Model,
+    target: str | None,
+    *,
+    by_method: bool = True,
+) -> tuple[data.Calibration, Any]:
+    """The calibration tokens that the flags ask for, each step's own, and those that weights are fitted on.
 
     Where the number of samples is the method's own, a shorter text gives fewer.
+
+    Args:
+      flags, fit: what the user asks for.
+      settings: of the pruning.
+      model: the model.
+      target: what is reconstructed, or None, for which there are no tokens to fit on.
+      by_method: the method says how many tokens weights are fitted on, where the flags do not.
     """
+    calibration = _for_scores(flags, settings, model)
+    if target is None:
+        return calibration, None
+    own = by_method and flags.calibration != "self" and flags.samples is None and flags.length is None
+    method = methods.find(settings.method)
+    samples = fit.fit_samples or (method.fit_samples if own else 0)
+    length = fit.fit_length or (method.fit_length if own else 0)
+    if not (samples or length):
+        return calibration, calibration.tokens
+    default = calibration.tokens.shape
+    found = _draw(flags, model, samples or default[0], length or default[1], fit.fit_samples is None)
+    return calibration, found.tokens
+
+
+def _for_scores(flags: Calibration, settings: pipeline.Settings, model: folder.Model) -> data.Calibration:
     method = methods.find(settings.method)
     samples = (method.samples if flags.samples is None else flags.samples) * settings.steps
     length = method.length if flags.length is None else flags.length
@@ -79,24 +109,6 @@ def _least_divergence(
     )
     say(f"divergences {', '.join(f'{kl:.4f}' for kl in choice.kl)}: set {choice.best} is taken")
     return sets[choice.best]
-
-
-def reconstruction_tokens(
-    flags: Calibration,
-    fit: Reconstruction,
-    settings: pipeline.Settings | None,
-    model: folder.Model,
-    calibration: data.Calibration,
-) -> data.Calibration:
-    """The tokens that weights are fitted on: those of the scores, unless the method or the flags ask for others."""
-    own = settings is not None and flags.calibration != "self" and flags.samples is None and flags.length is None
-    method = methods.find(settings.method) if settings is not None and own else None
-    samples = fit.fit_samples or (method.fit_samples if method else 0)
-    length = fit.fit_length or (method.fit_length if method else 0)
-    if not (samples or length):
-        return calibration
-    default = calibration.tokens.shape
-    return _draw(flags, model, samples or default[0], length or default[1], fit.fit_samples is None)
 
 
 def _draw(flags: Calibration, model: folder.Model, samples: int, length: int, or_fewer: bool) -> data.Calibration:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxprune import folder, methods, models, pipeline, proof
 from jaxprune._files import atomic_folder
 from jaxprune._progress import progress
-from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described, reconstruction_tokens
+from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described
 from jaxprune.commands._common import ModelName, Output, flag, layer_range, peak_memory, say, stage
 
 
@@ -105,8 +105,8 @@ def run(args: Prune) -> dict[str, Any]:
     """Prunes and saves; returns what happened, for a table."""
     settings, seconds = args.settings(), dict[str, float]()
     scores_text = args.plan is None and methods.find(args.method).needs != "weights"
-    target = settings.target if args.plan is None else args.reconstruction.reconstruct
-    reads_text = scores_text or target not in (None, "none")
+    target = None if args.plan and args.reconstruction.reconstruct is None else settings.target
+    reads_text = scores_text or target is not None
     if args.calibration.calibration_sha256 is not None and not reads_text:
         raise ValueError(f"calibration_sha256: given, but {'--plan' if args.plan else args.method} reads no text; leave it out")
     with atomic_folder(args.out, overwrite=args.overwrite) as out:
@@ -115,12 +115,10 @@ def run(args: Prune) -> dict[str, Any]:
         tokens = fit_tokens = calibration = None
         if reads_text:
             with stage("reading calibration text", seconds):
-                calibration = calibration_tokens(args.calibration, settings, model)
+                calibration, fit_tokens = calibration_tokens(
+                    args.calibration, args.reconstruction, settings, model, target, by_method=args.plan is None
+                )
                 tokens = calibration.tokens
-                if target not in (None, "none"):
-                    own = settings if args.plan is None else None
-                    fit = reconstruction_tokens(args.calibration, args.reconstruction, own, model, calibration)
-                    fit_tokens = fit.tokens
         with stage("pruning", seconds):
             if args.plan is None:
                 pruned = pipeline.prune(
@@ -131,7 +129,7 @@ def run(args: Prune) -> dict[str, Any]:
                     model.params, model.cfg, folder.read_plan(args.plan), fit_tokens, target, progress=progress
                 )
         report = None
-        if settings.units == ("rotated",):
+        if args.plan is None and settings.units == ("rotated",):
             say("note: the residual stream was rotated, so there is no masked model to compare the cut with")
         else:
             with stage("verifying", seconds):
