@@ -10,19 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.models import LlamaConfig, Params, PerLayer, axes, project, reads
-from jaxprune.recovery.least_squares import least_squares_to, masked_least_squares
+from jaxprune.recovery.least_squares import least_squares_to
 
 TARGETS = ("dense", "weights", "residual", "bias")
 OUT = dict(k="o", f="down")
-
-
-class _Sums(NamedTuple):
-    """Over tokens: x x^T of what a projection reads, y x^T of what it should add, x, and how many tokens."""
-
-    gram: Any
-    target: Any
-    total: Any
-    tokens: Any
+SHAPES = 12  # widths that programs are compiled for, at most
 
 
 def reconstruct(
@@ -54,7 +46,7 @@ def reconstruct(
       keep: per layer, axis letter (`k`, `f`) -> sorted indices of the units that stay; absent letters keep everything.
       batches: int32[b, t] arrays of calibration tokens of one shape.
       target: see above.
-      damp: ridge towards the dense weights, in means of the diagonal of the inputs' second moment.
+      damp: ridge towards the dense weights, in means of the diagonal of the kept inputs' second moment.
       progress: wraps the sequence of layers; called with it and a description.
 
     Returns:
@@ -83,27 +75,31 @@ def reconstruct(
     new_cfg = _with_biases(cfg) if target == "bias" else cfg
     out: dict[str, dict[str, list]] = {run.name: {} for run in cfg.runs}
     dense = [params["embed"][jnp.asarray(b)] for b in batches]
-    pruned = dense
+    pruned = dense  # the same list until the two streams part
     where = [(run.name, i, run.dims) for run in cfg.runs for i in range(run.length)]
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "reconstructing"):
         name, i, dims = where[layer]
         p = {n: x[i] for n, x in params.get(name, {}).items()}
         new = dict(p)
         for axis in "kf":
-            if (n := cfg.sizes(dims)[axis]) == 0:
-                continue
+            n = cfg.sizes(dims)[axis]
             kept = np.asarray(keep[layer].get(axis, range(n)), np.int64)
-            sums, next_dense = _sums(p, axis, dense, pruned, target, len(kept) < n, cfg)
-            if len(kept) < n:
-                new |= _fitted(p, axis, kept, sums, target, damp, cfg)
-            follow = target in ("weights", "residual") and (pruned is not dense or len(kept) < n)
-            pruned = [_after(new, axis, x, cfg) for x in pruned] if follow else next_dense
-            dense = next_dense
+            if len(kept) == n:
+                for stream in (dense,) if pruned is dense else (dense, pruned):
+                    _advance(p, axis, stream, cfg)
+                continue
+            if pruned is dense and target in ("weights", "residual"):
+                pruned = list(dense)
+            part = _part(p, axis, kept, cfg.layer_arrays(dims))
+            sums = _sums(p, part, axis, dense, pruned, target, cfg)
+            fitted = _bias(p, axis, kept, sums) if target == "bias" else _fit(p, axis, kept, sums, damp)
+            new |= fitted
+            if pruned is not dense:
+                _advance(_with(part, OUT[axis], fitted[OUT[axis]]), axis, pruned, cfg)
         for array, letters in new_cfg.layer_arrays(dims).items():
             x = new.get(array, jnp.zeros([new_cfg.sizes(dims)[a] for a in letters], params["embed"].dtype))
             out[name].setdefault(array, []).append(x)
-    fitted = params | {name: {n: jnp.stack(x) for n, x in arrays.items()} for name, arrays in out.items() if arrays}
-    return fitted, new_cfg
+    return params | {name: {n: jnp.stack(x) for n, x in arrays.items()} for name, arrays in out.items() if arrays}, new_cfg
 
 
 def _with_biases(cfg: LlamaConfig) -> LlamaConfig:
@@ -111,70 +107,117 @@ def _with_biases(cfg: LlamaConfig) -> LlamaConfig:
     return dataclasses.replace(cfg, biases=biases)
 
 
+class _Part(NamedTuple):
+    """A layer with the kept units of one sublayer alone, and after them some again, so that few shapes are compiled.
+
+    On the host, as is all that has the shape of what is kept: every such operation of its own would be compiled, too.
+    """
+
+    arrays: dict[str, jax.Array]
+    index: np.ndarray
+    kept: int
+
+
+def _part(p: dict, axis: str, kept: np.ndarray, letters: dict[str, str]) -> _Part:
+    if not len(kept):
+        return _Part({n: x for n, x in p.items() if axis not in letters[n]}, kept, 0)
+    n = p[OUT[axis]].shape[0]
+    again = min(-len(kept) % -(-n // SHAPES), n - len(kept))
+    index = np.concatenate([kept, np.zeros(again, np.int64)])
+    taken = {n: np.take(np.asarray(x), index, letters[n].index(axis)) if axis in letters[n] else x for n, x in p.items()}
+    return _Part(taken, index, len(kept))
+
+
+def _with(part: _Part, name: str, w: np.ndarray) -> dict:
+    """The arrays of a part whose output projection is that of `w`; units that are there again add nothing."""
+    if not part.kept:
+        return part.arrays
+    rows = w[part.index]
+    rows[part.kept :] = 0
+    return part.arrays | {name: rows}
+
+
+def _advance(p: dict, axis: str, stream: list, cfg: LlamaConfig) -> None:
+    """Takes every batch of a residual stream through a sublayer, in place."""
+    for i, x in enumerate(stream):
+        stream[i] = _after(p, axis, x, cfg)
+
+
 @functools.partial(jax.jit, static_argnames=("axis", "cfg"))
 def _after(p, axis, x, cfg):
-    return project(p, OUT[axis], x, reads(p, OUT[axis], x, cfg), {})
+    return project(p, OUT[axis], x, reads(p, OUT[axis], x, cfg) if OUT[axis] in p else None, {})
+
+
+class _Sums(NamedTuple):
+    """Over tokens: x x^T of what a part reads and y x^T of what it should add; or x of all units, and how many."""
+
+    gram: Any = None
+    target: Any = None
+    total: Any = None
+    tokens: Any = None
+
+
+def _sums(p, part: _Part, axis, dense: list, pruned: list, target: str, cfg) -> _Sums:
+    """The sums of a sublayer over all batches; takes the dense model's residual stream through it, in place."""
+    inputs = int(np.prod(p[OUT[axis]].shape[:-1]))
+    width = inputs // len(p[OUT[axis]]) * len(part.index)
+    zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
+    if target == "bias":
+        sums = _Sums(total=zeros(inputs), tokens=zeros(()))
+    else:
+        sums = _Sums(zeros((width, width)), zeros((cfg.d, width)))
+    for i, (d, x) in enumerate(zip(dense, pruned, strict=True)):
+        dense[i], sums = _step(p, part.arrays, part.index, axis, d, x, sums, target, cfg)
+    return sums
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "cfg", "target"), donate_argnames="sums")
-def _step(p, axis, dense, pruned, sums, target, cfg):
-    """The residual stream of the dense model after a sublayer, and the sums with one more batch; either may be left out."""
-    z = reads(p, OUT[axis], dense, cfg)
-    after = project(p, OUT[axis], dense, z, {})
-    if sums is None:
-        return after, None
-    if pruned is not None and target in ("weights", "residual"):
-        z = reads(p, OUT[axis], pruned, cfg)
-    rows = z.reshape(-1, int(np.prod(z.shape[2:]))).astype(jnp.float32)
-    total, tokens = sums.total + rows.sum(0), sums.tokens + len(rows)
-    if target == "bias":
-        return after, _Sums(None, None, total, tokens)
-    gram = sums.gram + jnp.matmul(rows.T, rows, precision="highest")
-    wanted = sums.target
-    if target == "residual":
-        start = dense if pruned is None else pruned
-        start = project(p, OUT[axis], start, None, {})  # through the shortcut, with the bias
-        y = (after.astype(jnp.float32) - start.astype(jnp.float32)).reshape(len(rows), -1)
-        wanted = wanted + jnp.matmul(y.T, rows, precision="highest")
-    return after, _Sums(gram, wanted, total, tokens)
-
-
-def _sums(p, axis, dense, pruned, target, needed, cfg):
-    """Runs a sublayer over all batches: its sums, if they are needed, and the dense model's residual stream after it."""
-    n = int(np.prod(p[OUT[axis]].shape[:-1]))
-    sums = None
-    if needed:
-        zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
-        gram = None if target == "bias" else zeros((n, n))
-        sums = _Sums(gram, zeros((cfg.d, n)) if target == "residual" else None, zeros(n), jnp.float32(0))
-    after = []
-    for d, x in zip(dense, pruned, strict=True):
-        y, sums = _step(p, axis, d, None if x is d else x, sums, target, cfg)
-        after.append(y)
-    return sums, after
-
-
-def _fitted(p, axis, kept, sums, target, damp, cfg) -> dict:
-    """The new output projection, or the new bias, of a sublayer."""
+def _step(p, kept, index, axis, dense, pruned, sums: _Sums, target, cfg):
+    """The dense model's residual stream after a sublayer, and the sums with one more batch."""
     name = OUT[axis]
-    shape, dtype = p[name].shape, p[name].dtype
-    per_unit = int(np.prod(shape[1:-1]))
-    inputs = (kept[:, None] * per_unit + np.arange(per_unit)).reshape(-1)
-    w = np.asarray(p[name].astype(jnp.float32)).reshape(-1, cfg.d).T  # out, in
-    gone = np.setdiff1d(np.arange(w.shape[1]), inputs)
+    z = reads(p, name, dense, cfg)
+    after = project(p, name, dense, z, {})
     if target == "bias":
-        mean = np.asarray(sums.total / sums.tokens, np.float64)
-        bias = w[:, gone].astype(np.float64) @ mean[gone]
-        bias = bias + np.asarray(p[f"{name}_bias"], np.float64) if f"{name}_bias" in p else bias
-        return {name: _zeroed(p[name], kept), f"{name}_bias": jnp.asarray(bias, dtype)}
+        rows = _rows(z)
+        return after, sums._replace(total=sums.total + rows.sum(0), tokens=sums.tokens + len(rows))
+    if not len(index):
+        return after, sums
     if target == "residual":
-        fit = least_squares_to(np.asarray(sums.target), np.asarray(sums.gram), w, inputs, damp)
+        x = reads(kept, name, pruned, cfg)
+        start = project(p, name, pruned, None, {})  # through the shortcut, with the bias
+        y = after.astype(jnp.float32) - start.astype(jnp.float32)
     else:
-        fit = masked_least_squares(w, np.asarray(sums.gram), inputs, damp)
-    wide = np.zeros((w.shape[1], cfg.d))
-    wide[inputs] = fit.T
-    return {name: jnp.asarray(wide.reshape(shape), dtype)}
+        z = z if target == "dense" else reads(p, name, pruned, cfg)
+        x, y = jnp.take(z, index, axis=2), project({name: p[name]}, name, jnp.zeros_like(dense), z, {})
+    rows, wanted = _rows(x), _rows(y)
+    gram, target_sum = (jnp.matmul(a.T, rows, precision="highest") for a in (rows, wanted))
+    return after, sums._replace(gram=sums.gram + gram, target=sums.target + target_sum)
 
 
-def _zeroed(w, kept):
-    return jnp.zeros_like(w).at[kept].set(w[kept])
+def _rows(x: jax.Array) -> jax.Array:
+    """float32[tokens, features]."""
+    return x.reshape(-1, int(np.prod(x.shape[2:]))).astype(jnp.float32)
+
+
+def _fit(p: dict, axis: str, kept: np.ndarray, sums: _Sums, damp: float) -> dict:
+    """The new output projection of a sublayer, zero for units that go."""
+    w = np.asarray(p[OUT[axis]])
+    old = w[kept].astype(np.float32).reshape(-1, w.shape[-1]).T  # out, in
+    n = old.shape[1]
+    gram, target = np.asarray(sums.gram)[:n, :n], np.asarray(sums.target)[:, :n]
+    new = np.zeros_like(w)
+    new[kept] = least_squares_to(target, gram, old, np.arange(n), damp).T.reshape(len(kept), *w.shape[1:])
+    return {OUT[axis]: new}
+
+
+def _bias(p: dict, axis: str, kept: np.ndarray, sums: _Sums) -> dict:
+    """The output projection with zeros for units that go, and the bias that adds their mean."""
+    name = OUT[axis]
+    w = np.asarray(p[name])
+    mean = np.asarray(sums.total / sums.tokens, np.float64).reshape(w.shape[:-1])
+    gone = np.setdiff1d(np.arange(len(w)), kept)
+    bias = np.tensordot(mean[gone], w[gone].astype(np.float64), mean.ndim)
+    bias = bias + np.asarray(p[f"{name}_bias"], np.float64) if f"{name}_bias" in p else bias
+    new = np.zeros_like(w)
+    new[kept] = w[kept]
+    return {name: new, f"{name}_bias": bias.astype(w.dtype)}

@@ -1,5 +1,6 @@
 """What all tests share: 8 virtual CPU devices, a tiny model and the path of the real one."""
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+_TESTS = itertools.count(1)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -23,10 +26,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Compiled programs go with their module: a process may map 65,530 areas of memory, and each program takes some."""
+    """Compiled programs go now and then: a process may map 65,530 areas of memory, and each program takes some."""
     import jax
 
-    if nextitem is None or nextitem.path != item.path:
+    if nextitem is None or nextitem.path != item.path or next(_TESTS) % 50 == 0:
         jax.clear_caches()
 
 
