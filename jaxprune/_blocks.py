@@ -33,7 +33,7 @@ def blocks(
                 continue
             s, step = np.sort(np.asarray(scores[i][a], np.float64)), constraints.multiple_of if a == "f" else 1
             start = 0
-            for end in range(n - (n - 1) // step * step, n - constraints.fewest(a, n) + 1, step):
+            for end in range(n - (n - 1) // step * step, n - constraints.fewest(a, n, i) + 1, step):
                 found.append((s[start:end].mean(), i, a, end - start))
                 start = end
     return [(i, a, n) for _, i, a, n in sorted(found)]

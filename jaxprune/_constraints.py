@@ -16,12 +16,14 @@ class Constraints:
       units: axis letters that may be pruned.
       multiple_of: MLP widths that change are multiples of this.
       min_kept: every MLP keeps at least this fraction of its channels.
+      channels: what `min_kept` is a fraction of, MLP channels per layer; None is what the layers have.
     """
 
     layers: tuple[int, int] | None = None
     units: str = "kf"
     multiple_of: int = 1
     min_kept: float = 0.0
+    channels: tuple[int, ...] | None = None
 
     def __post_init__(self):
         if not 0 <= self.min_kept < 1:
@@ -45,17 +47,19 @@ class Constraints:
             )
         return range(start, stop)
 
-    def fewest(self, axis: str, have: int) -> int:
+    def fewest(self, axis: str, have: int, layer: int) -> int:
         """The least number of units that a layer with `have` of them keeps on an axis: a multiple, at least one."""
-        step = self.multiple_of
-        return 1 if axis == "k" else min(max(step, math.ceil(self.min_kept * have / step) * step), have)
+        if axis == "k":
+            return 1
+        step, whole = self.multiple_of, self.channels[layer] if self.channels else have
+        return min(max(step, math.ceil(self.min_kept * whole / step) * step), have)
 
 
 def reachable(cfg: LlamaConfig, constraints: Constraints) -> int:
     """The most parameters that can be removed."""
     costs = unit_costs(cfg)
     return sum(
-        costs[i][a] * (n - constraints.fewest(a, n))
+        costs[i][a] * (n - constraints.fewest(a, n, i))
         for i in constraints.chosen(cfg)
         for a, n in full_widths(cfg)[i].items()
         if a in constraints.units

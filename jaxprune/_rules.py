@@ -200,7 +200,7 @@ def depth(schedule: str = "linear", slope: float = 0.5) -> Callable[..., Widths]
                 if n := layer.get("f"):
                     step = constraints.multiple_of
                     kept = round((n - left / costs[i]["f"]) / step) * step
-                    widths[i]["f"] = min(max(kept, constraints.fewest("f", n)), n)
+                    widths[i]["f"] = min(max(kept, constraints.fewest("f", n, i)), n)
             return widths
 
         low, high = 0.0, float(len(chosen)) * 4

@@ -93,7 +93,7 @@ class Settings:
         return None if name == "none" else name
 
     def constraints(self, cfg: LlamaConfig) -> allocate.Constraints:
-        """The layers and units that may go, on a model."""
+        """The layers and units of a model that may go; every step towards the ratio has those of the dense model."""
         n = len(cfg.layers)
         start, stop = self.layers or (0, n)
         start = max(start, self.protect_first)
@@ -104,6 +104,7 @@ class Settings:
             units=letters if set(letters) <= set("kf") else "kf",
             multiple_of=self.multiple_of,
             min_kept=self.min_kept or 0.0,
+            channels=tuple(dims.ff for dims in cfg.layers),
         )
         own = dataclasses.replace(constraints, min_kept=methods.find(self.method).min_kept)
         room = ROOM * allocate.reachable(cfg, own) >= self.ratio * cfg.decoder_parameters

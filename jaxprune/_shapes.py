@@ -47,7 +47,7 @@ def merge(widths: Widths, cfg: LlamaConfig, budget: int, constraints: Constraint
             )
         members = groups.pop(pair[0]) + groups.pop(pair[1])
         mean = {a: sum(widths[i][a] for i in members) / len(members) for a in widths[members[0]]}
-        merged = {a: _round(x, a, full_widths(cfg)[members[0]][a], constraints) for a, x in mean.items()}
+        merged = {a: _round(x, a, full_widths(cfg)[members[0]][a], constraints, members) for a, x in mean.items()}
         widths = tuple(merged if i in members else w for i, w in enumerate(widths))
         groups.setdefault(tuple(merged.items()), []).extend(members)
     return _spend_rest(widths, list(groups.values()), cfg, budget, constraints)
@@ -64,9 +64,13 @@ def _nearest(groups: dict[tuple, list[int]], cost: dict[str, int]) -> tuple | No
     return min(pairs, key=price, default=None)
 
 
-def _round(x: float, axis: str, full: int, constraints: Constraints) -> int:
+def _round(x: float, axis: str, full: int, constraints: Constraints, layers: list[int]) -> int:
     step = constraints.multiple_of if axis == "f" else 1
-    return min(max(round(x / step) * step, constraints.fewest(axis, full)), full)
+    return min(max(round(x / step) * step, _fewest(axis, full, constraints, layers)), full)
+
+
+def _fewest(axis: str, full: int, constraints: Constraints, layers: list[int]) -> int:
+    return max(constraints.fewest(axis, full, i) for i in layers)
 
 
 def _spend_rest(widths: Widths, groups: list[list[int]], cfg: LlamaConfig, budget: int, constraints: Constraints) -> Widths:
@@ -79,7 +83,7 @@ def _spend_rest(widths: Widths, groups: list[list[int]], cfg: LlamaConfig, budge
         candidates = []
         for members in groups:
             n, most = widths[members[0]].get("f", 0), full[members[0]].get("f", 0)
-            if n and constraints.fewest("f", most) <= n + step <= most:
+            if n and _fewest("f", most, constraints, members) <= n + step <= most:
                 candidates.append(tuple(w | {"f": n + step} if i in members else w for i, w in enumerate(widths)))
         best = min(candidates, key=lambda w: abs(budget - removed(cfg, w)), default=widths)
         if abs(budget - removed(cfg, best)) >= abs(gap):

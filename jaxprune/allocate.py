@@ -63,7 +63,7 @@ def local(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constrai
         for i in chosen:
             if n := widths[i].get("f"):
                 kept = round(n * (1 - fraction) / step) * step
-                widths[i]["f"] = min(max(kept, constraints.fewest("f", n)), n)
+                widths[i]["f"] = min(max(kept, constraints.fewest("f", n, i)), n)
     return tuple(widths)
 
 

@@ -71,8 +71,9 @@ def prune(
     """
     if settings.units == ("rotated",):
         return _sliced(params, cfg, np.asarray(tokens), settings, progress)
+    constraints = settings.constraints(cfg)
     if set(settings.units) <= {"kv", "mlp"}:
-        check(cfg, round(cfg.decoder_parameters * settings.ratio), settings.constraints(cfg))
+        check(cfg, round(cfg.decoder_parameters * settings.ratio), constraints)
     plan, now, small = identity(cfg, settings), cfg, params
     first: PerLayer = ()
     for step in range(settings.steps):
@@ -83,7 +84,7 @@ def prune(
         on_step(f"cutting, step {step + 1} of {settings.steps}")
         target = round(cfg.decoder_parameters * settings.ratio * (step + 1) / settings.steps)
         budget = target - (cfg.decoder_parameters - now.decoder_parameters)
-        more = _plan(small, now, batch, scores, budget, settings, progress)
+        more = _plan(small, now, batch, scores, budget, settings, constraints, progress)
         plan = plan.then(more)
         fit = tokens if fit_tokens is None else fit_tokens
         small, now, _, _, _, updates = by_plan(params, cfg, plan, fit, settings.target, progress=progress)
@@ -183,15 +184,24 @@ def gates(params: Params, cfg: LlamaConfig, tokens: Any, settings: Settings) -> 
     tokens = np.asarray(tokens)
     scores = _score(params, cfg, tokens, settings, settings.seed, None)
     budget = round(cfg.decoder_parameters * settings.ratio)
-    return surgery.gates_of(_plan(params, cfg, tokens, scores, budget, settings, None), cfg)
+    plan = _plan(params, cfg, tokens, scores, budget, settings, settings.constraints(cfg), None)
+    return surgery.gates_of(plan, cfg)
 
 
-def _plan(params, cfg, tokens, scores: PerLayer, budget: int, settings: Settings, progress: Progress | None) -> Plan:
+def _plan(
+    params,
+    cfg,
+    tokens,
+    scores: PerLayer,
+    budget: int,
+    settings: Settings,
+    constraints: allocate.Constraints,
+    progress: Progress | None,
+) -> Plan:
     if settings.units == ("hidden",):
         step = settings.multiple_of
         kept = round(cfg.d * (1 - budget / cfg.decoder_parameters) / step) * step
         return select(scores, ({"d": min(max(kept, step), cfg.d)},) * len(cfg.layers))
-    constraints = settings.constraints(cfg)
     if settings.units in (("layers",), ("sublayers",)):
         rule = allocate.whole_layers if settings.units == ("layers",) else allocate.sublayers
         return _all_or_nothing(rule(scores, cfg, budget, constraints), cfg)

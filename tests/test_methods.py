@@ -50,3 +50,11 @@ def test_any_scorer_with_any_allocation_and_any_reconstruction(ranking):
     out = pipeline.prune(damaged("float32"), CFG, np.arange(64, dtype=np.int32).reshape(4, 16), settings)
     assert abs(1 - out.cfg.decoder_parameters / CFG.decoder_parameters - 0.4) < 0.02
     assert [update["arrays"] for update in out.updates] == [["o", "down"]]
+
+
+def test_every_step_keeps_the_floor_of_the_dense_model():
+    params = damaged("float32")
+    run = params["run_0"]
+    params["run_0"] = run | {n: run[n].at[0].multiply(0.1) for n in ("gate", "up", "down")}  # all that goes, goes from layer 0
+    settings = pipeline.Settings(method="magnitude", ratio=0.2, ranking="global", units=("mlp",), steps=4, min_kept=0.5)
+    assert [dims.ff for dims in pipeline.prune(params, CFG, None, settings).cfg.layers] == [24, 40]
