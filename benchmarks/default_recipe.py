@@ -21,9 +21,9 @@ from jaxprune import allocate, data, evaluate, folder, kronecker, models, plan, 
 class Args:
     """Compares the ingredients."""
 
-    text: Path
-    """Text that is split into calibration and development text."""
-    other: str
+    text: str = "builtin"
+    """Text that is split into calibration and development text: a file, FILE.jsonl:FIELD, builtin."""
+    other: str = "builtin-heldout"
     """Text of another domain."""
     model: str = "smollm2"
     """Model to prune."""
@@ -52,15 +52,14 @@ def main() -> None:
     args = tyro.cli(Args)
     model = folder.load(args.model, "float32")
     params, cfg = model.params, model.cfg
-    text = args.text.read_text()
+    text, other = (joined(source) for source in (args.text, args.other))
     with tempfile.TemporaryDirectory() as place:
         (Path(place) / "calibration.txt").write_text(text[: int(0.7 * len(text))])
         source = str(Path(place) / "calibration.txt")
         blocks = data.token_blocks(source, model.tokenizer, samples=args.samples, length=args.length, seed=0).tokens
-    other = data.read_text(args.other)
     ends = dict(
         development=evaluate.encode_text(model.tokenizer, text[int(0.75 * len(text)) :])[:12288],
-        other=evaluate.encode_text(model.tokenizer, other.separator.join(other.pieces))[-8192:],
+        other=evaluate.encode_text(model.tokenizer, other)[-8192:],
     )
     batches = [blocks[i : i + 4] for i in range(0, len(blocks), 4)]
     curves = scorers.score(kronecker.kronecker_obs(cfg, jax.random.key(0)), params, models.probes(cfg), batches)
@@ -73,6 +72,12 @@ def main() -> None:
         measured = {name: evaluate.perplexity(*small, tokens)["perplexity"] for name, tokens in ends.items()}
         rows.append(dict(power=power, attention=attention, floor=floor, target=target) | measured)
         _common.show(f"kfac-obs at {args.ratio}", rows, args.json)
+
+
+def joined(source: str) -> str:
+    """All of a text as one string."""
+    text = data.read_text(source)
+    return text.separator.join(text.pieces)
 
 
 def pruned(params, cfg, keep: plan.Plan, batches, target: str):

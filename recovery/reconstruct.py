@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.models import LlamaConfig, Params, PerLayer, axes, project, reads
+from jaxprune.models import LlamaConfig, Params, PerLayer, Run, axes, project, reads
 from jaxprune.recovery.least_squares import least_squares_to
 
 TARGETS = ("dense", "weights", "residual", "bias")
@@ -73,14 +73,13 @@ def reconstruct(
     if not batches:
         raise ValueError("batches: none given; reconstruction needs at least one batch of calibration tokens")
     new_cfg = _with_biases(cfg) if target == "bias" else cfg
-    out: dict[str, dict[str, list]] = {run.name: {} for run in cfg.runs}
+    out = {run.name: _writable(params, run, new_cfg) for run in cfg.runs}
     dense = [params["embed"][jnp.asarray(b)] for b in batches]
     pruned = dense  # the same list until the two streams part
     where = [(run.name, i, run.dims) for run in cfg.runs for i in range(run.length)]
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "reconstructing"):
         name, i, dims = where[layer]
         p = {n: x[i] for n, x in params.get(name, {}).items()}
-        new = dict(p)
         for axis in "kf":
             n = cfg.sizes(dims)[axis]
             kept = np.asarray(keep[layer].get(axis, range(n)), np.int64)
@@ -93,13 +92,21 @@ def reconstruct(
             part = _part(p, axis, kept, cfg.layer_arrays(dims))
             sums = _sums(p, part, axis, dense, pruned, target, cfg)
             fitted = _bias(p, axis, kept, sums) if target == "bias" else _fit(p, axis, kept, sums, damp)
-            new |= fitted
+            for array, x in fitted.items():
+                out[name][array][i] = x
             if pruned is not dense:
                 _advance(_with(part, OUT[axis], fitted[OUT[axis]]), axis, pruned, cfg)
-        for array, letters in new_cfg.layer_arrays(dims).items():
-            x = new.get(array, jnp.zeros([new_cfg.sizes(dims)[a] for a in letters], params["embed"].dtype))
-            out[name].setdefault(array, []).append(x)
-    return params | {name: {n: jnp.stack(x) for n, x in arrays.items()} for name, arrays in out.items() if arrays}, new_cfg
+    new = {name: params.get(name, {}) | jax.tree.map(jnp.asarray, arrays) for name, arrays in out.items() if arrays}
+    return params | new, new_cfg
+
+
+def _writable(params: Params, run: Run, cfg: LlamaConfig) -> dict[str, np.ndarray]:
+    """Copies of the arrays of a run that may change, zeros for biases that are new."""
+    old, letters = params.get(run.name, {}), cfg.layer_arrays(run.dims)
+    names = [n for n in ("o", "down", "o_bias", "down_bias") if n in letters]
+    dtype = params["embed"].dtype
+    shapes = {n: [run.length, *(cfg.sizes(run.dims)[a] for a in letters[n])] for n in names}
+    return {n: np.array(old[n]) if n in old else np.zeros(shapes[n], dtype) for n in names}
 
 
 def _with_biases(cfg: LlamaConfig) -> LlamaConfig:
@@ -113,8 +120,8 @@ class _Part(NamedTuple):
     On the host, as is all that has the shape of what is kept: every such operation of its own would be compiled, too.
     """
 
-    arrays: dict[str, jax.Array]
-    index: np.ndarray
+    arrays: dict[str, Any]
+    units: np.ndarray
     kept: int
 
 
@@ -132,7 +139,7 @@ def _with(part: _Part, name: str, w: np.ndarray) -> dict:
     """The arrays of a part whose output projection is that of `w`; units that are there again add nothing."""
     if not part.kept:
         return part.arrays
-    rows = w[part.index]
+    rows = w[part.units]
     rows[part.kept :] = 0
     return part.arrays | {name: rows}
 
@@ -160,14 +167,14 @@ class _Sums(NamedTuple):
 def _sums(p, part: _Part, axis, dense: list, pruned: list, target: str, cfg) -> _Sums:
     """The sums of a sublayer over all batches; takes the dense model's residual stream through it, in place."""
     inputs = int(np.prod(p[OUT[axis]].shape[:-1]))
-    width = inputs // len(p[OUT[axis]]) * len(part.index)
+    width = inputs // len(p[OUT[axis]]) * len(part.units)
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     if target == "bias":
         sums = _Sums(total=zeros(inputs), tokens=zeros(()))
     else:
         sums = _Sums(zeros((width, width)), zeros((cfg.d, width)))
     for i, (d, x) in enumerate(zip(dense, pruned, strict=True)):
-        dense[i], sums = _step(p, part.arrays, part.index, axis, d, x, sums, target, cfg)
+        dense[i], sums = _step(p, part.arrays, part.units, axis, d, x, sums, target, cfg)
     return sums
 
 
