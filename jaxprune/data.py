@@ -10,11 +10,12 @@ from jaxtyping import Int
 from jaxprune._instructions import prompt
 from jaxprune._self_blocks import self_blocks
 from jaxprune._text import Text, beginnings, read_text, sha256, tokenise
+from jaxprune._token_file import is_token_file, read_token_file
 from jaxprune._training_data import TrainingData, instruction_batches, text_batches, training_batches
 
 __all__ = [
     "Calibration", "Text", "TrainingData", "check_sha256", "instruction_batches",
-    "prompt", "read_text", "self_blocks", "text_batches",
+    "is_token_file", "prompt", "read_text", "read_token_file", "self_blocks", "text_batches",
     "token_blocks", "training_batches",
 ]  # fmt: skip
 
@@ -24,7 +25,7 @@ class Calibration(NamedTuple):
 
     Attributes:
       tokens: the blocks, one a row.
-      sha256: of the text that the blocks were drawn from, in UTF-8; of the int32 tokens where there is no text.
+      sha256: of the text that the blocks were drawn from, in UTF-8; of a file of token ids; else of the int32 tokens.
       source: what the user named.
       available: tokens that the blocks were drawn from.
     """
@@ -52,17 +53,18 @@ def token_blocks(
     tokens, and all placements of `samples` windows that do not overlap are equally likely. With `"documents"` each block is a
     window at a random place of a random document that has `length` tokens or more, at most one from each. Of a long text only
     the beginning is read: 2^21 characters, or 32 for each token asked for if that is more, and twice as many while they are
-    too few.
+    too few. Of a file of token ids each block is the beginning of a random row, at most one of each.
 
     Args:
-      source: as in `read_text`; or `self`, drawn from `sampler`; or an iterable of token arrays [t] or [b, t] with t at least
-        `length`, whose first `samples` rows are cut to `length`.
+      source: as in `read_text` or `read_token_file`; or `self`, drawn from `sampler`; or an iterable of token arrays [t] or
+        [b, t] with t at least `length`, whose first `samples` rows are cut to `length`.
       tokenizer: of the model; unused where there is no text.
       samples: blocks.
       length: tokens in a block.
       seed: of the places that the windows are taken from.
-      windows: `stream` or `documents`.
-      or_fewer: of a text that is too short for so many windows of the stream take as many as it has, at least one.
+      windows: `stream` or `documents`, of a text.
+      or_fewer: of a text that is too short for so many windows of the stream, or a file with fewer rows, take as many as it
+        has, at least one.
       sampler: (samples, length, seed) -> tokens, for the source `self`; see `self_blocks`.
 
     Raises:
@@ -82,6 +84,8 @@ def token_blocks(
         if sampler is None:
             raise ValueError("self: needs a sampler, a function that draws tokens from the model; see self_blocks")
         return _from_arrays(source, [sampler(samples, length, seed)], samples, length)
+    if is_token_file(source):
+        return _rows(source, samples, length, seed, or_fewer)
     draw = _stream_windows if windows == "stream" else _document_windows
     text, rng = read_text(source), np.random.default_rng(seed)
     for pieces in beginnings(text, max(2**21, 32 * samples * length)):
@@ -117,6 +121,19 @@ def _document_windows(text: Text, pieces: list[str], tokenizer: Any, samples: in
         if len(blocks) == samples:
             return np.stack(blocks), available, ""
     return None, available, f"{len(blocks)} of {len(pieces)} documents have {length} tokens or more"
+
+
+def _rows(source: str, samples: int, length: int, seed: int, or_fewer: bool) -> Calibration:
+    rows = read_token_file(source)
+    n, t = rows.shape
+    if length > t:
+        raise ValueError(f"{source}: its rows have {t} tokens; {length} were asked for; lower length")
+    if samples > n and not or_fewer:
+        raise ValueError(f"{source}: it has {n} rows; {samples} were asked for; lower samples")
+    chosen = np.random.default_rng(seed).permutation(n)[:samples]
+    with open(source, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Calibration(rows[chosen, :length].astype(np.int32), digest, source, rows.size)
 
 
 def _from_arrays(source: str, arrays: Iterable[Any], samples: int, length: int) -> Calibration:

@@ -12,7 +12,9 @@ from jaxprune._latency import latency
 from jaxprune._losses import Progress, losses
 from jaxprune.models import LlamaConfig, Params
 
-__all__ = ["Progress", "encode_text", "evaluate", "latency", "load_choices", "multiple_choice", "perplexity", "sizes"]
+__all__ = [
+    "Progress", "encode", "encode_text", "evaluate", "latency", "load_choices", "multiple_choice", "perplexity", "sizes",
+]  # fmt: skip
 
 
 def encode_text(tokenizer: Any, text: str) -> Int[np.ndarray, " n"]:
@@ -28,10 +30,32 @@ def encode_text(tokenizer: Any, text: str) -> Int[np.ndarray, " n"]:
     return np.asarray(bos + ids if adds else ids, np.int32)
 
 
+def encode(
+    tokenizer: Any, text: str | Int[np.ndarray, "b t"], max_tokens: int | None = None
+) -> Int[np.ndarray, " n"] | Int[np.ndarray, "rows t"]:
+    """The tokens that `perplexity` reads: those of a text, or sequences of token ids as they are.
+
+    Args:
+      tokenizer: of transformers; not used for token ids.
+      text: a text, or token ids.
+      max_tokens: only so many tokens from the beginning, of token ids in whole sequences; None is all.
+
+    Raises:
+      ValueError: `max_tokens` is less than a sequence of token ids.
+    """
+    if isinstance(text, str):
+        return encode_text(tokenizer, text)[:max_tokens]
+    if max_tokens is None:
+        return text
+    if max_tokens < text.shape[1]:
+        raise ValueError(f"max_tokens: {max_tokens} given, a sequence has {text.shape[1]}; read at least one sequence")
+    return text[: max_tokens // text.shape[1]]
+
+
 def perplexity(
     params: Params,
     cfg: LlamaConfig,
-    tokens: Int[np.ndarray, " n"],
+    tokens: Int[np.ndarray, " n"] | Int[np.ndarray, "b t"],
     *,
     window: int = 1024,
     batch: int | None = None,
@@ -40,11 +64,11 @@ def perplexity(
     """exp of the mean cross-entropy of the predicted tokens, in windows that do not overlap.
 
     Each window is read on its own, so its first token is not predicted and there are `tokens - tokens / window` predictions.
-    Tokens that do not fill a window at the end are dropped.
+    Tokens that do not fill a window at the end are dropped. Of sequences [b, t] each is a window, cut to `window` tokens.
 
     Args:
       params, cfg: the model.
-      tokens: of a text, see `encode_text`.
+      tokens: of a text, see `encode_text`, or of sequences that belong to themselves, such as images.
       window: tokens that are read together.
       batch: windows at a time, or None for as many as make 4096 tokens.
       progress: see `evaluate`.
@@ -64,14 +88,18 @@ def perplexity(
     >>> round(found["perplexity"], 3), found["tokens"], found["window"]
     (64.0, 48, 16)
     """
-    tokens = np.asarray(tokens, np.int32)
+    tokens = np.asarray(tokens)
     if window < 2:
         raise ValueError(f"window: {window} given; at least 2 tokens are needed to predict one")
+    if tokens.ndim == 2:
+        window = min(window, tokens.shape[1])
+        tokens = tokens[:, :window].reshape(-1)
     if len(tokens) < window:
         raise ValueError(f"text: {len(tokens)} tokens given, window {window} asked; take a longer text or a shorter window")
     rows = tokens[: len(tokens) // window * window].reshape(-1, window)
     if rows.min() < 0 or rows.max() >= cfg.vocab:
         raise ValueError(f"text: token ids {rows.min()} to {rows.max()} given; the vocabulary is 0 to {cfg.vocab - 1}")
+    rows = rows.astype(np.int32)
     nll = [row.mean(dtype=np.float64) for row in losses(params, cfg, rows, batch, progress, f"perplexity at {window}")]
     mean = float(np.mean(nll))
     return dict(perplexity=math.exp(mean) if mean < 700 else math.inf, tokens=rows.size, window=window)
@@ -113,7 +141,7 @@ def evaluate(
     cfg: LlamaConfig,
     tokenizer: Any,
     *,
-    text: str | None = None,
+    text: str | Int[np.ndarray, "b t"] | None = None,
     window: int = 1024,
     max_tokens: int | None = None,
     choices: list[dict[str, Any]] | None = None,
@@ -126,9 +154,9 @@ def evaluate(
     Args:
       params, cfg: the model.
       tokenizer: of transformers; not used unless there is a text or a question.
-      text: what to measure perplexity on, or None for none.
+      text: what to measure perplexity on, a text or sequences of token ids, or None for none.
       window: see `perplexity`.
-      max_tokens: use only so many tokens from the beginning of the text, or None.
+      max_tokens: use only so many tokens from the beginning, or None, see `encode`.
       choices: questions, see `load_choices`, or None for none.
       limit: use only so many questions, or None.
       timed: measure latency.
@@ -137,12 +165,11 @@ def evaluate(
     Raises:
       ValueError: see `perplexity` and `multiple_choice`.
     """
-    if max_tokens is not None and max_tokens < window:
+    if max_tokens is not None and max_tokens < window and not isinstance(text, np.ndarray):
         raise ValueError(f"max_tokens: {max_tokens} given, window {window} asked; it must be at least one window")
     out: dict[str, float | int] = {}
     if text is not None:
-        tokens = encode_text(tokenizer, text)[:max_tokens]
-        out |= perplexity(params, cfg, tokens, window=window, progress=progress)
+        out |= perplexity(params, cfg, encode(tokenizer, text, max_tokens), window=window, progress=progress)
     if choices is not None:
         out |= multiple_choice(params, cfg, tokenizer, choices, limit=limit, progress=progress)
     out |= sizes(params, cfg)

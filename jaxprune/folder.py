@@ -30,7 +30,7 @@ class Model(NamedTuple):
 
     Attributes:
       params, cfg: the model.
-      tokenizer: of transformers.
+      tokenizer: of transformers, or None.
       source: what the user named.
       record: the content of its `jaxprune.json`, or None.
     """
@@ -42,12 +42,13 @@ class Model(NamedTuple):
     record: dict[str, Any] | None
 
 
-def load(source: str, dtype: str | None = None) -> Model:
+def load(source: str, dtype: str | None = None, *, needs_tokenizer: bool = True) -> Model:
     """Loads a model, its tokenizer and its record.
 
     Args:
       source: a folder, a `.gguf` file, `smollm2`, or a name on the Hugging Face hub.
       dtype: `float32`, `bfloat16`, or None for what the file holds.
+      needs_tokenizer: refuse a folder without a tokenizer, such as that of a model of image tokens.
 
     Raises:
       FileNotFoundError, ValueError: there is no such model, or it is damaged or not supported.
@@ -57,7 +58,16 @@ def load(source: str, dtype: str | None = None) -> Model:
     path = checkpoints.resolve(source)
     record = read_record(path)
     params, cfg = checkpoints.load(path, dtype=None if dtype is None else jnp.dtype(dtype))
-    return Model(params, cfg, tokenizers.load_tokenizer(path), str(source), record)
+    return Model(params, cfg, _tokenizer(path, needs_tokenizer), str(source), record)
+
+
+def _tokenizer(path: Path, needed: bool) -> Any:
+    try:
+        return tokenizers.load_tokenizer(path)
+    except FileNotFoundError:
+        if needed:
+            raise
+        return None
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ NEEDED = dict(
     llama3=("factor", "low_freq_factor", "high_freq_factor"),
     grid=("columns", "first"),
 )
+LEAST = dict(columns=1, first=0)  # of a grid
 OWN_LENGTH = ("llama3", "yarn", "longrope")  # these say how long the sequences of the original training were
 
 
@@ -49,7 +50,9 @@ def rope_from_hf(config: dict[str, Any], head_dim: int) -> tuple[float, Pairs]:
     if missing := [key for key in NEEDED[kind] if key not in settings]:
         raise ValueError(f"config.json: rope scaling {kind!r} lacks {missing[0]}")
     for key in NEEDED[kind]:
-        if not key.endswith(("short_factor", "long_factor")):
+        if kind == "grid":
+            _whole(settings, key, LEAST[key])
+        elif not key.endswith(("short_factor", "long_factor")):
             number(settings, key)
         elif len(settings[key]) != head_dim // 2:
             raise ValueError(
@@ -57,6 +60,12 @@ def rope_from_hf(config: dict[str, Any], head_dim: int) -> tuple[float, Pairs]:
             )
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     return theta, tuple(sorted((settings | dict(rope_type=kind)).items()))
+
+
+def _whole(settings: dict[str, Any], key: str, least: int) -> None:
+    value = settings[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"config.json: {key} of the rope scaling is {value!r}; it must be a whole number, {least} or more")
 
 
 def rope_to_hf(cfg: LlamaConfig) -> tuple[float, dict[str, Any] | None, dict[str, Any]]:

@@ -14,11 +14,12 @@ class Calibration:
     """Text that the scores are computed on."""
 
     calibration: Annotated[str, flag("SRC")] = "builtin"
-    """A text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin (Python's documentation) or self (sampled)."""
+    """A text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin (Python's documentation), self (sampled) or
+    FILE.npy (integers, a sequence of token ids in each row; no tokenizer is needed)."""
     samples: Annotated[int | None, flag("N", "the method's own")] = None
     """Sequences."""
     length: Annotated[int | None, flag("T", "the method's own")] = None
-    """Tokens in a sequence."""
+    """Tokens in a sequence; of FILE.npy at most a row, to which the method's own length is cut."""
     calibration_sha256: Annotated[str | None, flag("HEX", "any text will do")] = None
     """Stop unless the calibration text has this SHA-256, as recorded in jaxprune.json."""
     candidates: Annotated[int, flag("N")] = 1
@@ -66,7 +67,7 @@ def calibration_tokens(
     own = by_method and flags.calibration != "self" and flags.samples is None and flags.length is None
     method = methods.find(settings.method)
     samples = fit.fit_samples or (method.fit_samples if own else 0)
-    length = fit.fit_length or (method.fit_length if own else 0)
+    length = fit.fit_length or _up_to_a_row(flags.calibration, method.fit_length if own else 0)
     if not (samples or length):
         return calibration, calibration.tokens
     default = calibration.tokens.shape
@@ -77,7 +78,7 @@ def calibration_tokens(
 def _for_scores(flags: Calibration, settings: pipeline.Settings, model: folder.Model) -> data.Calibration:
     method = methods.find(settings.method)
     samples = (method.samples if flags.samples is None else flags.samples) * settings.steps
-    length = method.length if flags.length is None else flags.length
+    length = _up_to_a_row(flags.calibration, method.length) if flags.length is None else flags.length
     if flags.candidates < 1:
         raise ValueError(f"candidates: {flags.candidates} given; ask for at least 1")
     found = _draw(flags, model, samples, length, flags.samples is None and settings.steps == 1)
@@ -86,6 +87,11 @@ def _for_scores(flags: Calibration, settings: pipeline.Settings, model: folder.M
     if flags.calibration_sha256 is not None:
         data.check_sha256(flags.calibration_sha256, found.sha256, flags.calibration)
     return found
+
+
+def _up_to_a_row(source: str, length: int) -> int:
+    """A method's own length, or the tokens in a row of a file of token ids if those are fewer."""
+    return min(length, data.read_token_file(source).shape[1]) if data.is_token_file(source) else length
 
 
 def _least_divergence(

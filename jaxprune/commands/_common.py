@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from jaxprune._token_file import is_token_file
 from jaxprune.models import LlamaConfig
 
 
@@ -67,9 +68,10 @@ def peak_memory() -> int:
 def check_tokens(tokens: np.ndarray, cfg: LlamaConfig, source: str) -> None:
     """Raises ValueError unless the model has all of the tokens, for JAX reads any other as its last one."""
     if tokens.max() >= cfg.vocab:
+        found, belongs = ("the file has", "a file") if is_token_file(source) else ("the tokenizer makes", "the tokenizer")
         raise ValueError(
-            f"{source}: the tokenizer makes token {tokens.max()}, the model has 0 to {cfg.vocab - 1}; "
-            "give the tokenizer that belongs to the model"
+            f"{source}: {found} token {tokens.max()}, the model has 0 to {cfg.vocab - 1}; "
+            f"give {belongs} that belongs to the model"
         )
 
 

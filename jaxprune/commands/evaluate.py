@@ -5,10 +5,14 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+
 from jaxprune import _progress, data, folder
 from jaxprune import evaluate as evaluation
 from jaxprune._text import beginnings
 from jaxprune.commands._common import ModelName, Output, flag, stage
+
+WINDOW = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,11 +26,12 @@ class Evaluate:
 
     model: ModelName
     text: Annotated[str | None, flag("SRC", "no perplexity")] = None
-    """A text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin or builtin-heldout."""
-    window: Annotated[tuple[int, ...], flag("T [T ...]")] = (1024,)
-    """Tokens in a window; several may be given."""
+    """A text file, FILE.jsonl:FIELD, hub:NAME[:CONFIG[:SPLIT[:FIELD]]], builtin, builtin-heldout or FILE.npy (integers, a
+    sequence of token ids in each row; no tokenizer is needed)."""
+    window: Annotated[tuple[int, ...] | None, flag("T [T ...]", "1024, or a row of FILE.npy")] = None
+    """Tokens in a window; several may be given. Of FILE.npy each row is a window, cut to so many tokens."""
     max_tokens: Annotated[int | None, flag("N", "all")] = None
-    """Read at most this many tokens of the text."""
+    """Read at most this many tokens of the text; of FILE.npy in whole rows."""
     choice: Annotated[Path | None, flag("FILE", "none")] = None
     """Multiple-choice questions: .jsonl with query, choices and gold."""
     limit: Annotated[int | None, flag("N", "all")] = None
@@ -40,47 +45,56 @@ def run(args: Evaluate) -> dict[str, Any]:
     """Loads the model and measures."""
     text, choices = inputs(args)
     with stage("loading", {}):
-        model = folder.load(args.model, args.dtype)
+        model = folder.load(args.model, args.dtype, needs_tokenizer=isinstance(text, str) or choices is not None)
     return measured(model, args, text, choices)
 
 
-def measured(model: folder.Model, args: Evaluate, text: str | None, choices: list[dict[str, Any]] | None) -> dict[str, Any]:
+def measured(
+    model: folder.Model, args: Evaluate, text: str | np.ndarray | None, choices: list[dict[str, Any]] | None
+) -> dict[str, Any]:
     """The numbers that the flags ask for, of a model that is loaded; `perplexity` is that of the first window."""
+    windows = args.window or (WINDOW,)
+    if isinstance(text, np.ndarray):
+        row = text.shape[1]
+        windows = tuple(dict.fromkeys(min(window, row) for window in args.window or (row,)))
     result: dict[str, Any] = dict(
         evaluation.evaluate(
             model.params,
             model.cfg,
             model.tokenizer,
             text=text,
-            window=args.window[0],
+            window=windows[0],
             max_tokens=args.max_tokens,
             choices=choices,
             progress=_progress.progress,
         )
     )
     if text is not None:
-        tokens = evaluation.encode_text(model.tokenizer, text)[: args.max_tokens]
-        for window in args.window[1:]:
+        tokens = evaluation.encode(model.tokenizer, text, args.max_tokens)
+        for window in windows[1:]:
             more = evaluation.perplexity(model.params, model.cfg, tokens, window=window, progress=_progress.progress)
             result[f"perplexity_at_{window}"] = more["perplexity"]
     return result
 
 
-def inputs(args: Evaluate) -> tuple[str | None, list[dict[str, Any]] | None]:
-    """The text and the questions, before any model is loaded.
+def inputs(args: Evaluate) -> tuple[str | np.ndarray | None, list[dict[str, Any]] | None]:
+    """The text, or token ids int[b, t], and the questions, before any model is loaded.
 
     Raises:
       ValueError, OSError: a flag or a file is not what it should be.
     """
-    if not args.window or min(args.window) < 2:
+    if args.window is not None and min(args.window, default=0) < 2:
         raise ValueError(f"window: {args.window} given; give at least one number of tokens, 2 or more, e.g. 1024")
-    if args.max_tokens is not None and args.max_tokens < max(args.window):
-        raise ValueError(f"max_tokens: {args.max_tokens} given, window {max(args.window)} asked; read at least one window")
+    longest = max(args.window or (WINDOW,))
+    if args.max_tokens is not None and args.max_tokens < longest and not data.is_token_file(args.text):
+        raise ValueError(f"max_tokens: {args.max_tokens} given, window {longest} asked; read at least one window")
     choices = None if args.choice is None else evaluation.load_choices(args.choice, args.limit)
     return None if args.text is None else _text(args.text, args.max_tokens), choices
 
 
-def _text(source: str, max_tokens: int | None) -> str:
+def _text(source: str, max_tokens: int | None) -> str | np.ndarray:
+    if data.is_token_file(source):
+        return evaluation.encode(None, data.read_token_file(source), max_tokens)
     text = data.read_text(source)
     limit = sys.maxsize if max_tokens is None else 32 * max_tokens  # characters; no text has as many in a token
     return text.separator.join(next(beginnings(text, limit)))

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from jaxprune import folder, methods, models, pipeline, proof
+from jaxprune import data, folder, methods, models, pipeline, proof
 from jaxprune._files import atomic_folder
 from jaxprune._progress import progress
 from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described
@@ -111,7 +111,8 @@ def run(args: Prune) -> dict[str, Any]:
         raise ValueError(f"calibration_sha256: given, but {'--plan' if args.plan else args.method} reads no text; leave it out")
     with atomic_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
-            model = folder.load(args.model, args.dtype)
+            needs_tokenizer = reads_text and not data.is_token_file(args.calibration.calibration)
+            model = folder.load(args.model, args.dtype, needs_tokenizer=needs_tokenizer)
         tokens = fit_tokens = calibration = None
         if reads_text:
             with stage("reading calibration text", seconds):

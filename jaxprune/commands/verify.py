@@ -20,7 +20,7 @@ class Verify:
     dense: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DENSE", help="the model that it was pruned from")]
     pruned: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PRUNED", help="a folder that jaxprune wrote")]
     text: Annotated[str, flag("SRC")] = "builtin"
-    """Text to compare the logits on."""
+    """Text to compare the logits on, or FILE.npy of token ids."""
     samples: Annotated[int, flag("N")] = 2
     """Sequences."""
     length: Annotated[int, flag("T")] = 64
@@ -34,12 +34,13 @@ def run(args: Verify) -> dict[str, Any]:
     """Loads both and compares."""
     seconds: dict[str, float] = {}
     with stage("loading", seconds):
-        small = folder.load(args.pruned)
+        small = folder.load(args.pruned, needs_tokenizer=False)
         if small.record is None:
             raise ValueError(
                 f"{args.pruned}: no {folder.RECORD}, so there is no plan to verify; give a folder that jaxprune wrote"
             )
-        dense = folder.load(args.dense, str(small.params["embed"].dtype))
+        needs_tokenizer = not data.is_token_file(args.text)
+        dense = folder.load(args.dense, str(small.params["embed"].dtype), needs_tokenizer=needs_tokenizer)
     plan = folder.plan_from(small.record, dense.cfg, small.cfg)
     tokens = data.token_blocks(args.text, dense.tokenizer, samples=args.samples, length=args.length, seed=0).tokens
     check_tokens(tokens, dense.cfg, args.text)
