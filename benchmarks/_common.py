@@ -1,6 +1,7 @@
 """What the benchmarks share: fresh processes, alternating repetitions, peak memory, tables."""
 
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -48,6 +49,11 @@ def alternate(programs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[s
     return {name: median([r[name] for r in rounds]) for name in programs}
 
 
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes, read without JAX; for processes larger than their starter."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def size(tree: Any) -> int:
     """Bytes of all arrays of a tree."""
     import jax
@@ -55,11 +61,12 @@ def size(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def calibration(source: str, model: str, samples: int, length: int) -> Any:
-    """Tokens of a calibration source, int32[samples, length], seed 0."""
+def calibration(source: str, model: str, samples: int, length: int, or_fewer: bool = False) -> Any:
+    """Tokens of a calibration source, int32[samples, length], seed 0; of a text that is too short all it has, if allowed."""
     from jaxprune import data, models
 
-    return data.token_blocks(source, models.load_tokenizer(model), samples=samples, length=length, seed=0).tokens
+    tokenizer = models.load_tokenizer(model)
+    return data.token_blocks(source, tokenizer, samples=samples, length=length, seed=0, or_fewer=or_fewer).tokens
 
 
 def show(title: str, rows: Sequence[Mapping[str, Any]], json_file: Path | None, **settings: Any) -> None:
