@@ -124,7 +124,7 @@ def _differences(params, cfg, small, small_cfg, plan: Plan):
     """Yields tensor names with the largest difference from the kept slice of the dense model; 0 means equal bits."""
     shared = {"d": plan.keep[0]["d"]} if "d" in plan.keep[0] else {}
     for name, letters in small_cfg.top_arrays().items():
-        yield name, _difference(take(params[name], letters, shared), small[name])
+        yield name, _difference(take(params[name], letters, shared), np.asarray(small[name]))
     where = {run.start + i: (run.name, i) for run in cfg.runs for i in range(run.length)}
     for run in small_cfg.runs:
         for array, letters in small_cfg.layer_arrays(run.dims).items():
@@ -132,13 +132,13 @@ def _differences(params, cfg, small, small_cfg, plan: Plan):
                 layer = run.start + i
                 name, j = where[layer]
                 dense = params[name].get(array)
-                got = small[run.name][array][i]
-                dense = jnp.zeros_like(got) if dense is None else take(dense[j], letters, plan.keep[layer])
+                got = np.asarray(small[run.name][array])[i]
+                dense = np.zeros_like(got) if dense is None else take(np.asarray(dense)[j], letters, plan.keep[layer])
                 yield f"layers.{layer}.{array}", _difference(dense, got)
 
 
-def _difference(dense, small) -> float:
-    if dense.dtype == small.dtype and np.asarray(dense).tobytes() == np.asarray(small).tobytes():
+def _difference(dense: np.ndarray, small: np.ndarray) -> float:
+    if dense.dtype == small.dtype and dense.tobytes() == small.tobytes():
         return 0.0
-    difference = float(jnp.max(jnp.abs(dense.astype(jnp.float32) - small.astype(jnp.float32))))
+    difference = float(np.max(np.abs(dense.astype(np.float32) - small.astype(np.float32))))
     return difference or float("nan")  # equal values, other bits: -0.0, or another dtype

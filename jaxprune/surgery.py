@@ -1,14 +1,13 @@
 """Cuts a plan out of a model. The axes table is the whole dependency graph."""
 
 import dataclasses
-import functools
-from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.models import LayerDims, LlamaConfig, Params, PerLayer, Probes, Run, axes, probes
+from jaxprune.models import LayerDims, LlamaConfig, Params, Probes, axes, probes
 from jaxprune.plan import Plan
 
 
@@ -33,16 +32,19 @@ def pruned_config(cfg: LlamaConfig, plan: Plan) -> LlamaConfig:
     return dataclasses.replace(cfg, layers=layers, d=d)
 
 
-def take(x: jax.Array, letters: str, keep: dict) -> jax.Array:
-    """The kept positions of one array whose axes are `letters`; axes that `keep` does not name stay whole."""
+def take(x: np.ndarray | jax.Array, letters: str, keep: dict) -> np.ndarray:
+    """The kept positions of one array whose axes are `letters`, on the host; axes that `keep` does not name stay whole."""
+    x = np.asarray(x)
     for i, axis in enumerate(letters):
-        if axis in keep:
-            x = jnp.take(x, jnp.asarray(keep[axis]), axis=i)
+        if axis in keep and len(keep[axis]) < x.shape[i]:
+            x = np.take(x, np.asarray(keep[axis], np.int64), axis=i)
     return x
 
 
 def cut(params: Params, cfg: LlamaConfig, plan: Plan) -> tuple[Params, LlamaConfig]:
     """Takes the kept units along every array axis that carries their letter.
+
+    The work is done on the host: on a device each of its many shapes would be a program to compile.
 
     Args:
       params: the tree of `models.shapes(cfg)`.
@@ -65,35 +67,18 @@ def cut(params: Params, cfg: LlamaConfig, plan: Plan) -> tuple[Params, LlamaConf
     ((1, 1, 2, 8, 32), LayerDims(kv_heads=1, q_per_kv=2, ff=40))
     """
     small = pruned_config(cfg, plan)
-    keep = tuple({a: x for a, x in k.items() if len(x) < n[a]} for k, n in zip(plan.keep, plan.sizes, strict=True))
-    return _cut(params, keep, cfg, small), small
-
-
-@functools.partial(jax.jit, static_argnames=("cfg", "small"))
-def _cut(params: Params, keep: PerLayer, cfg: LlamaConfig, small: LlamaConfig) -> Params:
-    """One program for the whole model: a gather for each part of an old run that goes into a new run."""
-    shared = {"d": keep[0]["d"]} if "d" in keep[0] else {}
-    out: Params = {name: take(params[name], letters, shared) for name, letters in cfg.top_arrays().items()}
+    shared = {"d": plan.keep[0]["d"]} if "d" in plan.keep[0] else {}
+    out: Params = {name: jnp.asarray(take(params[name], letters, shared)) for name, letters in small.top_arrays().items()}
+    where = [(old.name, i) for old in cfg.runs for i in range(old.length)]
     for run in small.runs:
-        arrays: dict[str, list[jax.Array]] = {}
-        for name, start, layers in _parts(cfg, run):
-            indices = jax.tree.map(lambda *x: jnp.stack(x), *(keep[i] for i in layers))
-            for array, letters in small.layer_arrays(run.dims).items():
-                part = params[name][array][start : start + len(layers)]
-                mine = {a: x for a, x in indices.items() if a in letters}
-                gather = functools.partial(take, letters=letters)
-                arrays.setdefault(array, []).append(jax.vmap(lambda x, k, g=gather: g(x, keep=k))(part, mine) if mine else part)
+        layers = range(run.start, run.start + run.length)
+        arrays = {}
+        for array, letters in small.layer_arrays(run.dims).items():
+            parts = [take(np.asarray(params[where[i][0]][array])[where[i][1]], letters, plan.keep[i]) for i in layers]
+            arrays[array] = jnp.asarray(np.stack(parts))
         if arrays:
-            out[run.name] = {array: jnp.concatenate(parts) for array, parts in arrays.items()}
-    return out
-
-
-def _parts(cfg: LlamaConfig, run: Run) -> Iterator[tuple[str, int, range]]:
-    """The old runs that a new run is made of: name, first position in it, layers."""
-    for old in cfg.runs:
-        layers = range(max(old.start, run.start), min(old.start + old.length, run.start + run.length))
-        if layers:
-            yield old.name, layers.start - old.start, layers
+            out[run.name] = arrays
+    return out, small
 
 
 def gates_of(plan: Plan, cfg: LlamaConfig) -> Probes:
@@ -107,9 +92,15 @@ def gates_of(plan: Plan, cfg: LlamaConfig) -> Probes:
     full = probes(cfg, units)["gates"]
 
     def layer(gates: dict, keep: dict) -> dict:
-        return {a: jnp.zeros_like(g).at[np.asarray(keep[a])].set(1) if a in keep else g for a, g in gates.items()}
+        return {a: _ones_at(keep[a], len(g)) if a in keep else g for a, g in gates.items()}
 
     return {"gates": tuple(layer(g, keep) for g, keep in zip(full, plan.keep, strict=True))}
+
+
+def _ones_at(units: Any, n: int) -> jax.Array:
+    gate = np.zeros(n, np.float32)
+    gate[np.asarray(units, np.int64)] = 1
+    return jnp.asarray(gate)
 
 
 def widen(small: Params, cfg: LlamaConfig, plan: Plan) -> Params:
@@ -126,25 +117,25 @@ def widen(small: Params, cfg: LlamaConfig, plan: Plan) -> Params:
     pruned = pruned_config(cfg, plan)
     where = {run.start + i: (run.name, i) for run in pruned.runs for i in range(run.length)}
 
-    def scatter(x, letters: str, keep: dict, size: dict[str, int]):
-        index = np.ix_(*(np.asarray(keep[a]) if a in keep else np.arange(size[a]) for a in letters))
-        return jnp.zeros([size[a] for a in letters], x.dtype).at[index].set(x)
+    def scatter(x, letters: str, keep: dict, size: dict[str, int]) -> np.ndarray:
+        wide = np.zeros([size[a] for a in letters], small["embed"].dtype)
+        if x is not None:
+            index = (np.asarray(keep[a], np.int64) if a in keep else np.arange(size[a]) for a in letters)
+            wide[np.ix_(*index)] = x
+        return wide
 
     shared = {"d": plan.keep[0]["d"]} if "d" in plan.keep[0] else {}
-    out = {name: scatter(small[name], letters, shared, cfg.sizes()) for name, letters in cfg.top_arrays().items()}
+    out: Params = {
+        name: jnp.asarray(scatter(small[name], letters, shared, cfg.sizes())) for name, letters in cfg.top_arrays().items()
+    }
     for run in cfg.runs:
         arrays: dict[str, list] = {}
         for layer in range(run.start, run.start + run.length):
             name, i = where[layer]
-            size = cfg.sizes(run.dims)
             for array, letters in cfg.layer_arrays(run.dims).items():
                 kept = small.get(name, {}).get(array)
-                wide = (
-                    jnp.zeros([size[a] for a in letters], small["embed"].dtype)
-                    if kept is None
-                    else scatter(kept[i], letters, plan.keep[layer], size)
-                )
-                arrays.setdefault(array, []).append(wide)
+                kept = None if kept is None else np.asarray(kept)[i]
+                arrays.setdefault(array, []).append(scatter(kept, letters, plan.keep[layer], cfg.sizes(run.dims)))
         if arrays:
-            out[run.name] = {array: jnp.stack(slices) for array, slices in arrays.items()}
+            out[run.name] = {array: jnp.asarray(np.stack(slices)) for array, slices in arrays.items()}
     return out
