@@ -45,6 +45,7 @@ class Method(NamedTuple):
       reconstruct: what its paper fits the weights that stay to, a name in `recovery.TARGETS`, or none.
       min_kept: every MLP keeps at least this fraction of its channels.
       fit_samples, fit_length: calibration of the reconstruction; 0 takes that of the scores.
+      sequential: a layer is scored on what the pruned layers before it pass on, where widths are known before scores.
     """
 
     summary: str
@@ -59,6 +60,7 @@ class Method(NamedTuple):
     min_kept: float = 0.0
     fit_samples: int = 0
     fit_length: int = 0
+    sequential: bool = False
 
 
 def _random(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
@@ -127,6 +129,7 @@ RANKINGS: dict[str, allocate.Allocator] = {
     "lagrangian": _lagrangian,
     "sensitivity": allocate.lagrangian(),
 }
+WITHOUT_SCORES = ("local", "linear", "log")  # rankings whose widths do not depend on the scores
 
 DEFAULT = "kfac-obs"
 ALL = ("kv", "mlp", "layers", "hidden")
@@ -229,12 +232,13 @@ METHODS: dict[str, Method] = {
         units=("kv", "mlp"),
     ),
     "wanda-sp": Method(
-        "weight magnitude times input norm, summed over a unit",
+        "weight magnitude times input norm, summed over a unit, layer after pruned layer",
         "An et al., FLAP, 2024, arXiv:2312.11983, after Sun et al., Wanda, 2023, arXiv:2306.11695",
         "activations",
         _observed(scorers.wanda),
         samples=128,
         units=("kv", "mlp"),
+        sequential=True,
     ),
     "llm-bip": Method(
         "change of the block's output when a unit goes (reconstructed from the abstract)",

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune import _shapes, allocate, methods, recovery, scorers, sensitivity, surgery
+from jaxprune import _shapes, allocate, methods, recovery, scorers, sensitivity, sequential, surgery
 from jaxprune._constraints import check
 from jaxprune._losses import Progress
 from jaxprune._settings import Settings
 from jaxprune.models import LlamaConfig, Params, PerLayer, Probes, probes, unit_counts
-from jaxprune.plan import Plan, select
+from jaxprune.plan import Plan, Widths, select
 
 MICROBATCH_TOKENS = 2048  # tokens that go through a layer at a time
 
@@ -79,11 +79,11 @@ def prune(
     for step in range(settings.steps):
         on_step(f"scoring, step {step + 1} of {settings.steps}")
         batch = None if tokens is None else np.array_split(np.asarray(tokens), settings.steps)[step]
-        scores = _score(small, now, batch, settings, settings.seed + step, progress)
-        first = first or scores
-        on_step(f"cutting, step {step + 1} of {settings.steps}")
         target = round(cfg.decoder_parameters * settings.ratio * (step + 1) / settings.steps)
         budget = target - (cfg.decoder_parameters - now.decoder_parameters)
+        scores = _score(small, now, batch, settings, settings.seed + step, budget, constraints, progress)
+        first = first or scores
+        on_step(f"cutting, step {step + 1} of {settings.steps}")
         more = _plan(small, now, batch, scores, budget, settings, constraints, progress)
         plan = plan.then(more)
         fit = tokens if fit_tokens is None else fit_tokens
@@ -153,10 +153,23 @@ def divisor(shape: tuple[int, int]) -> int:
     return max(m for m in range(1, shape[0] + 1) if shape[0] % m == 0 and m <= most)
 
 
-def _score(params, cfg, tokens, settings: Settings, seed: int, progress: Progress | None) -> PerLayer:
+def _score(
+    params,
+    cfg,
+    tokens,
+    settings: Settings,
+    seed: int,
+    budget: int,
+    constraints: allocate.Constraints,
+    progress: Progress | None,
+) -> PerLayer:
     units = "d" if settings.units == ("hidden",) else "kf"
     microbatch = None if tokens is None else divisor(tokens.shape)
     options = methods.Options(settings.taylor, settings.aggregate, seed, microbatch, units)
+    if methods.find(settings.method).sequential and settings.allocation in methods.WITHOUT_SCORES:
+        make = functools.partial(_scorer, settings.method, options=options)
+        widths = _widths((), cfg, budget, settings, constraints)
+        return sequential.score(make, params, cfg, _batches(tokens), widths, progress=progress)
     scorer = _scorer(settings.method, cfg, options)
     batches = [] if tokens is None else _batches(tokens) if scorer.additive else [tokens]
     wrapped = batches if progress is None or len(batches) < 2 else progress(batches, "scoring")
@@ -182,9 +195,9 @@ def gates(params: Params, cfg: LlamaConfig, tokens: Any, settings: Settings) -> 
       ValueError: the settings do not fit the model, or the budget cannot be met at all.
     """
     tokens = np.asarray(tokens)
-    scores = _score(params, cfg, tokens, settings, settings.seed, None)
-    budget = round(cfg.decoder_parameters * settings.ratio)
-    plan = _plan(params, cfg, tokens, scores, budget, settings, settings.constraints(cfg), None)
+    budget, constraints = round(cfg.decoder_parameters * settings.ratio), settings.constraints(cfg)
+    scores = _score(params, cfg, tokens, settings, settings.seed, budget, constraints, None)
+    plan = _plan(params, cfg, tokens, scores, budget, settings, constraints, None)
     return surgery.gates_of(plan, cfg)
 
 
@@ -208,10 +221,14 @@ def _plan(
     curves = scores
     if settings.allocation == "sensitivity":
         curves = sensitivity.curves(params, cfg, scores, _few(tokens), progress=progress)
+    return select(scores, _widths(curves, cfg, budget, settings, constraints))
+
+
+def _widths(curves: PerLayer, cfg: LlamaConfig, budget: int, settings: Settings, constraints: allocate.Constraints) -> Widths:
     widths = methods.RANKINGS[settings.allocation](curves, cfg, budget, constraints)
-    if settings.max_distinct is not None:
-        widths = _shapes.merge(widths, cfg, budget, constraints, settings.max_distinct)
-    return select(scores, widths)
+    if settings.max_distinct is None:
+        return widths
+    return _shapes.merge(widths, cfg, budget, constraints, settings.max_distinct)
 
 
 def _all_or_nothing(widths: PerLayer, cfg: LlamaConfig) -> Plan:

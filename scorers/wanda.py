@@ -21,7 +21,8 @@ def wanda(observe: Observe, axis_name: str | None = None) -> Scorer:
 
     Reference: An et al., `FLAP <https://arxiv.org/abs/2312.11983>`_, 2024, baseline Wanda-sp as its released code computes it,
     after Sun et al., `Wanda <https://arxiv.org/abs/2306.11695>`_, 2023, equation 1. Their code divides the square norm by the
-    sequences instead of the tokens, which ranks alike. It prunes layer by layer, here all layers are scored on the dense model.
+    sequences instead of the tokens, which ranks alike. It scores each layer on what the pruned layers before it pass on:
+    `jaxprune.sequential.score` does that with any scorer, as the method `wanda-sp` does; alone this one scores a whole model.
 
     >>> import functools, jax
     >>> from jaxprune import models, scorers
