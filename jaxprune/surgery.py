@@ -36,7 +36,7 @@ def take(x: np.ndarray | jax.Array, letters: str, keep: dict) -> np.ndarray:
     """The kept positions of one array whose axes are `letters`, on the host; axes that `keep` does not name stay whole."""
     x = np.asarray(x)
     for i, axis in enumerate(letters):
-        if axis in keep and len(keep[axis]) < x.shape[i]:
+        if axis in keep:
             x = np.take(x, np.asarray(keep[axis], np.int64), axis=i)
     return x
 
@@ -67,15 +67,26 @@ def cut(params: Params, cfg: LlamaConfig, plan: Plan) -> tuple[Params, LlamaConf
     ((1, 1, 2, 8, 32), LayerDims(kv_heads=1, q_per_kv=2, ff=40))
     """
     small = pruned_config(cfg, plan)
-    shared = {"d": plan.keep[0]["d"]} if "d" in plan.keep[0] else {}
-    out: Params = {name: jnp.asarray(take(params[name], letters, shared)) for name, letters in small.top_arrays().items()}
-    where = [(old.name, i) for old in cfg.runs for i in range(old.length)]
+    keep = tuple({a: x for a, x in k.items() if len(x) < n[a]} for k, n in zip(plan.keep, plan.sizes, strict=True))
+    shared = {"d": keep[0]["d"]} if "d" in keep[0] else {}
+    out: Params = {}
+    for name, letters in small.top_arrays().items():
+        out[name] = jnp.asarray(take(params[name], letters, shared)) if set(letters) & set(shared) else params[name]
+    where = [(old, i) for old in cfg.runs for i in range(old.length)]
     for run in small.runs:
         layers = range(run.start, run.start + run.length)
+        old = where[run.start][0]
         arrays = {}
         for array, letters in small.layer_arrays(run.dims).items():
-            parts = [take(np.asarray(params[where[i][0]][array])[where[i][1]], letters, plan.keep[i]) for i in layers]
-            arrays[array] = jnp.asarray(np.stack(parts))
+            if old == run._replace(name=old.name, dims=old.dims) and not any(set(letters) & set(keep[i]) for i in layers):
+                arrays[array] = params[old.name][array]  # the whole run as it is
+                continue
+            dtype = params[old.name][array].dtype
+            wide = np.empty([run.length, *(small.sizes(run.dims)[a] for a in letters)], dtype)
+            for j, i in enumerate(layers):
+                source, at = where[i]
+                wide[j] = take(np.asarray(params[source.name][array])[at], letters, keep[i])
+            arrays[array] = jnp.asarray(wide)
         if arrays:
             out[run.name] = arrays
     return out, small
