@@ -15,26 +15,25 @@ keeps; `compensation` is that of the worst sublayer with the same units, for FLA
 norms, for Numerical Pruning the relative difference of the weights; `logits` are differences in standard deviations of those of
 torch.
 
-2026-11-22, 2 cores, `--repeats 1`, on a machine busy with other programs, to be run again on an idle one; `load` is the average
-of the minute before. ShortGPT, SliceGPT, HyWIA and LLM-BIP on the builtin text, the others on WikiText-2; Taylor with
-LLM-Pruner's setting:
+2026-11-22, 2 cores, `--repeats 1`; `load` is the average of the minute before: the rows with more than 2 ran beside other
+programs and are to be run again on an idle machine. shortgpt, slicegpt, hywia and llm-bip on the builtin text, the others on
+WikiText-2; taylor with LLM-Pruner's setting:
 
     method     tokens     load  torch, s  jaxprune, s  / torch  torch, MiB  jaxprune, MiB  / torch  channels: lowest, mean
     ---------  ---------  ----  --------  -----------  -------  ----------  -------------  -------  ----------------------
+    wanda-sp   32 x 128   1.4   14.124    9.672        0.685    1288        1593           1.237    1.0000, 1.0000
+    taylor     10 x 128   1.4   14.218    7.724        0.543    3598        1635           0.455    1.0000, 1.0000
     flap       128 x 128  6.2   167.887   86.202       0.513    1177        2458           2.088    1.0000, 1.0000
     nirvana    32 x 128   7.0   132.733   67.097       0.506    7990        1955           0.245    1.0000, 1.0000
     numerical  8 x 256    6.8   79.981    80.649       1.008    1641        2259           1.377    1.0000, 1.0000
-    wanda-sp   128 x 128  5.6   273.613   57.562       0.210    1370        1501           1.096    0.8722, 0.9133
     shortgpt   8 x 256    4.5   17.704    7.877        0.445    1009        1335           1.322    1.0000, 1.0000
     slicegpt   8 x 256    4.5   152.265   93.146       0.612    1827        1797           0.984
     hywia      8 x 128    3.3   149.180   16.278       0.109    2606        1704           0.654    0.9982, 0.9999
     llm-bip    8 x 128    3.3   11.240    6.612        0.588    1289        1452           1.127    1.0000, 1.0000
-    taylor     10 x 128   3.8   39.721    17.364       0.437    3617        1574           0.435    1.0000, 1.0000
 
 The groups agree in every layer. Biases of FLAP differ by 2e-7 and weights of Numerical Pruning by 2e-4. The logits of SliceGPT
 differ by at most 0.39; jaxprune's own move by at most 0.14 when it sums second moments in float64, as the torch program and the
-released code do. Wanda-sp's released code reads each layer's inputs from the layers pruned before it, as the torch program
-does; jaxprune scores the dense model.
+released code do.
 
 On a machine with other load compare on one core (`taskset -c 1 python ...`): at load 3.5 NumPy's Cholesky factor of a matrix of
 1400 x 1400 took 0.72 s with two threads and 0.04 s with `OPENBLAS_NUM_THREADS=1`.
