@@ -11,11 +11,10 @@ import numpy as np
 
 from jaxprune import scorers
 from jaxprune._losses import Progress
-from jaxprune.models import LlamaConfig, Params, PerLayer, probes, project, reads
+from jaxprune.models import LlamaConfig, Params, PerLayer, probes, sublayer
+from jaxprune.models.axes import OUTPUT
 from jaxprune.plan import Widths, select
 from jaxprune.surgery import gates_of
-
-OUT = dict(k="o", f="down")
 
 
 def score(
@@ -75,13 +74,15 @@ def score(
         (found,) = scorers.score(scorer, alone, probes(one), places)
         out.append(found)
         gates = gates_of(select((found,), (widths[layer],)), one)["gates"][0]
-        p |= {OUT[a]: p[OUT[a]] * gates[a].astype(stream.dtype).reshape(-1, *[1] * (p[OUT[a]].ndim - 1)) for a in found}
+        p |= {
+            OUTPUT[a]: p[OUTPUT[a]] * gates[a].astype(stream.dtype).reshape(-1, *[1] * (p[OUTPUT[a]].ndim - 1)) for a in found
+        }
         stream = jnp.concatenate([_after(p, x, one) for x in jnp.split(stream, len(batches))])
     return tuple(out)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _after(p, x, cfg):
-    for name in OUT.values():
-        x = project(p, name, x, reads(p, name, x, cfg) if name in p else None, {})
+    for name in OUTPUT.values():
+        x = sublayer(p, name, x, cfg)
     return x

@@ -129,7 +129,7 @@ def widen(small: Params, cfg: LlamaConfig, plan: Plan) -> Params:
     where = {run.start + i: (run.name, i) for run in pruned.runs for i in range(run.length)}
 
     def scatter(x, letters: str, keep: dict, size: dict[str, int]) -> np.ndarray:
-        wide = np.zeros([size[a] for a in letters], small["embed"].dtype)
+        wide = np.zeros([size[a] for a in letters], small["embed"].dtype if x is None else x.dtype)
         if x is not None:
             index = (np.asarray(keep[a], np.int64) if a in keep else np.arange(size[a]) for a in letters)
             wide[np.ix_(*index)] = x

@@ -27,5 +27,6 @@ TOP = dict(embed="vd", norm="d", head="dv")
 # The letters that a matrix contracts over.
 INPUT = dict(q="d", k="d", v="d", o="kgh", gate="d", up="d", down="f", attn_shortcut="d", mlp_shortcut="d")
 SHORTCUT_BESIDE = dict(o="attn_shortcut", down="mlp_shortcut")
+OUTPUT = dict(k="o", f="down")  # prunable letter -> the projection that reads its units
 UNITS = dict(k="kgh", f="f", d="d")  # prunable letter -> the letters that a tap on that unit keeps
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # what `--ratio` counts

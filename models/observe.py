@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxprune.models import _rope
+from jaxprune.models import _rope, axes
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.llama import attention, mlp, project, rms_norm
 from jaxprune.models.types import Axis, Params
@@ -44,6 +44,15 @@ def reads(p: dict, name: str, x: jax.Array, cfg: LlamaConfig) -> jax.Array:
     return attention(p, x, cfg, _rope.tables(cfg, jnp.arange(x.shape[1]), x.shape[1]), {})[0]
 
 
+def sublayer(p: dict, name: str, x: jax.Array, cfg: LlamaConfig) -> jax.Array:
+    """The residual stream after one sublayer, [b, t, d]; one that is gone leaves its bias and its shortcut.
+
+    Args:
+      p, name, x, cfg: as in `reads`.
+    """
+    return project(p, name, x, reads(p, name, x, cfg) if name in p else None, {})
+
+
 Reduce = Callable[[dict[Axis, Site]], Any]
 
 
@@ -76,7 +85,7 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
 
         def layer(x, p):
             sites = {}
-            for axis, name in (("k", "o"), ("f", "down")):
+            for axis, name in axes.OUTPUT.items():
                 z, before = None, x
                 if name in p:
                     z = reads(p, name, x, cfg)

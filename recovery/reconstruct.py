@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.models import LlamaConfig, Params, PerLayer, Run, axes, project, reads
+from jaxprune.models import LlamaConfig, Params, PerLayer, Run, axes, project, reads, sublayer
+from jaxprune.models.axes import OUTPUT
 from jaxprune.recovery.least_squares import least_squares_to
 
 TARGETS = ("dense", "weights", "residual", "bias")
-OUT = dict(k="o", f="down")
 SHAPES = 12  # widths that programs are compiled for, at most
 
 
@@ -95,7 +95,7 @@ def reconstruct(
             for array, x in fitted.items():
                 out[name][array][i] = x
             if pruned is not dense:
-                _advance(_with(part, OUT[axis], fitted[OUT[axis]]), axis, pruned, cfg)
+                _advance(_with(part, OUTPUT[axis], fitted[OUTPUT[axis]]), axis, pruned, cfg)
     new = {name: params.get(name, {}) | jax.tree.map(jnp.asarray, arrays) for name, arrays in out.items() if arrays}
     return params | new, new_cfg
 
@@ -110,7 +110,7 @@ def _writable(params: Params, run: Run, cfg: LlamaConfig) -> dict[str, np.ndarra
 
 
 def _with_biases(cfg: LlamaConfig) -> LlamaConfig:
-    biases = tuple(n for n in axes.MATRICES if n in cfg.biases or n in OUT.values())
+    biases = tuple(n for n in axes.MATRICES if n in cfg.biases or n in OUTPUT.values())
     return dataclasses.replace(cfg, biases=biases)
 
 
@@ -128,7 +128,7 @@ class _Part(NamedTuple):
 def _part(p: dict, axis: str, kept: np.ndarray, letters: dict[str, str]) -> _Part:
     if not len(kept):
         return _Part({n: x for n, x in p.items() if axis not in letters[n]}, kept, 0)
-    n = p[OUT[axis]].shape[0]
+    n = p[OUTPUT[axis]].shape[0]
     again = min(-len(kept) % -(-n // SHAPES), n - len(kept))
     index = np.concatenate([kept, np.zeros(again, np.int64)])
     taken = {n: np.take(np.asarray(x), index, letters[n].index(axis)) if axis in letters[n] else x for n, x in p.items()}
@@ -152,7 +152,7 @@ def _advance(p: dict, axis: str, stream: list, cfg: LlamaConfig) -> None:
 
 @functools.partial(jax.jit, static_argnames=("axis", "cfg"))
 def _after(p, axis, x, cfg):
-    return project(p, OUT[axis], x, reads(p, OUT[axis], x, cfg) if OUT[axis] in p else None, {})
+    return sublayer(p, OUTPUT[axis], x, cfg)
 
 
 class _Sums(NamedTuple):
@@ -166,8 +166,8 @@ class _Sums(NamedTuple):
 
 def _sums(p, part: _Part, axis, dense: list, pruned: list, target: str, cfg) -> _Sums:
     """The sums of a sublayer over all batches; takes the dense model's residual stream through it, in place."""
-    inputs = int(np.prod(p[OUT[axis]].shape[:-1]))
-    width = inputs // len(p[OUT[axis]]) * len(part.units)
+    inputs = int(np.prod(p[OUTPUT[axis]].shape[:-1]))
+    width = inputs // len(p[OUTPUT[axis]]) * len(part.units)
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     if target == "bias":
         sums = _Sums(total=zeros(inputs), tokens=zeros(()))
@@ -181,7 +181,7 @@ def _sums(p, part: _Part, axis, dense: list, pruned: list, target: str, cfg) -> 
 @functools.partial(jax.jit, static_argnames=("axis", "cfg", "target"), donate_argnames="sums")
 def _step(p, kept, index, axis, dense, pruned, sums: _Sums, target, cfg):
     """The dense model's residual stream after a sublayer, and the sums with one more batch."""
-    name = OUT[axis]
+    name = OUTPUT[axis]
     z = reads(p, name, dense, cfg)
     after = project(p, name, dense, z, {})
     if target == "bias":
@@ -208,18 +208,18 @@ def _rows(x: jax.Array) -> jax.Array:
 
 def _fit(p: dict, axis: str, kept: np.ndarray, sums: _Sums, damp: float) -> dict:
     """The new output projection of a sublayer, zero for units that go."""
-    w = np.asarray(p[OUT[axis]])
+    w = np.asarray(p[OUTPUT[axis]])
     old = w[kept].astype(np.float32).reshape(-1, w.shape[-1]).T  # out, in
     n = old.shape[1]
     gram, target = np.asarray(sums.gram)[:n, :n], np.asarray(sums.target)[:, :n]
     new = np.zeros_like(w)
     new[kept] = least_squares_to(target, gram, old, np.arange(n), damp).T.reshape(len(kept), *w.shape[1:])
-    return {OUT[axis]: new}
+    return {OUTPUT[axis]: new}
 
 
 def _bias(p: dict, axis: str, kept: np.ndarray, sums: _Sums) -> dict:
     """The output projection with zeros for units that go, and the bias that adds their mean."""
-    name = OUT[axis]
+    name = OUTPUT[axis]
     w = np.asarray(p[name])
     mean = np.asarray(sums.total / sums.tokens, np.float64).reshape(w.shape[:-1])
     gone = np.setdiff1d(np.arange(len(w)), kept)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.models import LlamaConfig, Params, axes, project, reads
+from jaxprune.models import LlamaConfig, Params, axes, sublayer
 from jaxprune.recovery._solve import damped
 
 DAMP = 0.01  # of the mean diagonal, as the released code
@@ -150,7 +150,7 @@ def _matmul(x: jax.Array, w: jax.Array) -> jax.Array:
 def _after(p: dict, writes: str, x: jax.Array, q: jax.Array, cfg: LlamaConfig) -> jax.Array:
     """The stream after a sublayer that reads `x` projected onto the components `q`."""
     x = _matmul(_matmul(x, q), q.T)
-    return project(p, writes, x, reads(p, writes, x, cfg) if writes in p else None, {})
+    return sublayer(p, writes, x, cfg)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
