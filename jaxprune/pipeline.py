@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune import _shapes, allocate, methods, recovery, scorers, sensitivity, sequential, surgery
+from jaxprune import _narrow, budgets, methods, recovery, scorers, sensitivity, sequential, surgery
 from jaxprune._constraints import check
 from jaxprune._losses import Progress
 from jaxprune._settings import Settings
 from jaxprune.models import LlamaConfig, Params, PerLayer, Probes, probes, unit_counts
-from jaxprune.plan import Plan, Widths, select
+from jaxprune.plan import Plan
 
 MICROBATCH_TOKENS = 2048  # tokens that go through a layer at a time
 
@@ -25,6 +25,7 @@ class Pruned(NamedTuple):
       scores: of the first step, per layer, axis letter -> float32[units].
       notes: what the user should know, one line each.
       updates: what changed weights that stay, and the names of their arrays.
+      met: how a target was met, or None where there was none.
     """
 
     params: Params
@@ -33,6 +34,7 @@ class Pruned(NamedTuple):
     scores: PerLayer
     notes: tuple[str, ...]
     updates: tuple[dict[str, Any], ...] = ()
+    met: budgets.Met | None = None
 
 
 def prune(
@@ -43,6 +45,7 @@ def prune(
     on_step: Callable[[str], None] = lambda what: None,
     *,
     fit_tokens: Any = None,
+    goal: budgets.Target | None = None,
     progress: Progress | None = None,
 ) -> Pruned:
     """Scores the units of a model, allocates the budget over its layers, reconstructs what stays and cuts.
@@ -53,6 +56,7 @@ def prune(
       settings: what to do.
       on_step: called with what begins.
       fit_tokens: int32[samples, t] for reconstruction, or None for `tokens`.
+      goal: what the smaller model may cost at most: the ratio that leads there takes the place of `settings.ratio`.
       progress: wraps sequences that take long; called with one and a description.
 
     Returns:
@@ -69,34 +73,82 @@ def prune(
     >>> out.cfg.decoder_parameters / cfg.decoder_parameters
     0.6
     """
+    if goal is not None:
+        check_goal(cfg, settings, goal)
     if settings.units == ("rotated",):
-        return _sliced(params, cfg, np.asarray(tokens), settings, progress)
+        return _sliced(params, cfg, np.asarray(tokens), settings, goal, on_step, progress)
     constraints = settings.constraints(cfg)
-    if set(settings.units) <= {"kv", "mlp"}:
+    if set(settings.units) <= {"kv", "mlp"} and goal is None:
         check(cfg, round(cfg.decoder_parameters * settings.ratio), constraints)
     plan, now, small = identity(cfg, settings), cfg, params
     first: PerLayer = ()
+    met = None
     for step in range(settings.steps):
         on_step(f"scoring, step {step + 1} of {settings.steps}")
         batch = None if tokens is None else np.array_split(np.asarray(tokens), settings.steps)[step]
         target = round(cfg.decoder_parameters * settings.ratio * (step + 1) / settings.steps)
         budget = target - (cfg.decoder_parameters - now.decoder_parameters)
-        scores = _score(small, now, batch, settings, settings.seed + step, budget, constraints, progress)
+        aim = Aim(cfg, settings, budget, goal, on_step)
+        scores, shape, met = _scored(small, now, batch, aim, settings.seed + step, progress)
         first = first or scores
         on_step(f"cutting, step {step + 1} of {settings.steps}")
-        more = _plan(small, now, batch, scores, budget, settings, constraints, progress)
-        plan = plan.then(more)
+        plan = plan.then(_narrow.plan(scores, shape, now, settings))
         fit = tokens if fit_tokens is None else fit_tokens
-        small, now, _, _, _, updates = by_plan(params, cfg, plan, fit, settings.target, progress=progress)
-    return Pruned(small, now, plan, first, _notes(cfg, now, settings), updates)
+        small, now, *_, updates, _ = by_plan(params, cfg, plan, fit, settings.target, progress=progress)
+    notes = _notes(cfg, now, settings) if goal is None or met is None else budgets.notes(goal, met)
+    return Pruned(small, now, plan, first, notes, updates, met)
 
 
-def _sliced(params, cfg, tokens: np.ndarray, settings: Settings, progress: Progress | None) -> Pruned:
+def check_goal(cfg: LlamaConfig, settings: Settings, goal: budgets.Target) -> None:
+    """Refuses a target before anything is scored: see `budgets.check`; with several steps there is none."""
+    check_steps(settings)
+    budgets.check(goal, cfg, _narrow.smallest(cfg, settings))
+
+
+def check_steps(settings: Settings) -> None:
+    """Refuses several steps, which a target has no use for."""
+    if settings.steps > 1:
+        raise ValueError(f"steps: {settings.steps} given; a target is met in one step; leave --steps out or give --ratio")
+
+
+class Aim(NamedTuple):
+    """Where a step leads.
+
+    Attributes:
+      dense: the model before the first step, which constraints are of.
+      settings: what to do.
+      budget: parameters that the step removes, unless there is a goal.
+      goal: a target, or None.
+      say: called with what was measured.
+    """
+
+    dense: LlamaConfig
+    settings: Settings
+    budget: int
+    goal: budgets.Target | None
+    say: Callable[[str], None]
+
+    def shape(self, curves: PerLayer, cfg: LlamaConfig) -> tuple[LlamaConfig, budgets.Met | None]:
+        """The shape after the step, and how it meets the goal."""
+        s = self.settings
+        if self.goal is None:
+            return _narrow.shape(curves, cfg, self.budget, s, self.dense), None
+        fill = None
+        if s.max_distinct is None and set(s.units) <= {"kv", "mlp"}:
+            fill = ("f", s.multiple_of) if "mlp" in s.units else ("k", 1)
+        met = budgets.meet(_narrow.at_ratio(curves, cfg, s), self.goal, cfg, fill=fill, say=self.say)
+        return met.cfg, met
+
+
+def _sliced(
+    params, cfg, tokens: np.ndarray, settings: Settings, goal: budgets.Target | None, say, progress: Progress | None
+) -> Pruned:
     """Every matrix changes and there is no plan of units: what is returned keeps all units of the rotated model."""
-    width = recovery.sliced_width(cfg, settings.ratio)
-    small, now = recovery.slice_gpt(params, cfg, _batches(tokens), width, progress=progress)
+    shape, met = Aim(cfg, settings, 0, goal, say).shape((), cfg)
+    small, now = recovery.slice_gpt(params, cfg, _batches(tokens), shape.d, progress=progress)
     updates = ({"by": "rotation to principal components", "arrays": sorted(now.layer_arrays(now.layers[0]))},)
-    return Pruned(small, now, identity(now, settings), (), _notes(cfg, now, settings), updates)
+    notes = _notes(cfg, now, settings) if goal is None or met is None else budgets.notes(goal, met)
+    return Pruned(small, now, identity(now, settings), (), notes, updates, met)
 
 
 def by_plan(
@@ -153,27 +205,26 @@ def divisor(shape: tuple[int, int]) -> int:
     return max(m for m in range(1, shape[0] + 1) if shape[0] % m == 0 and m <= most)
 
 
-def _score(
-    params,
-    cfg,
-    tokens,
-    settings: Settings,
-    seed: int,
-    budget: int,
-    constraints: allocate.Constraints,
-    progress: Progress | None,
-) -> PerLayer:
+def _scored(
+    params, cfg, tokens, aim: Aim, seed: int, progress: Progress | None
+) -> tuple[PerLayer, LlamaConfig, budgets.Met | None]:
+    """The scores of a step, the shape that it leads to, and how that meets the goal."""
+    settings = aim.settings
     units = "d" if settings.units == ("hidden",) else "kf"
     microbatch = None if tokens is None else divisor(tokens.shape)
     options = methods.Options(settings.taylor, settings.aggregate, seed, microbatch, units)
     if methods.find(settings.method).sequential and settings.allocation in methods.WITHOUT_SCORES:
         make = functools.partial(_scorer, settings.method, options=options)
-        widths = _widths((), cfg, budget, settings, constraints)
-        return sequential.score(make, params, cfg, _batches(tokens), widths, progress=progress)
+        shape, met = aim.shape((), cfg)
+        kept = _narrow.widths(shape, cfg)
+        return sequential.score(make, params, cfg, _batches(tokens), kept, progress=progress), shape, met
     scorer = _scorer(settings.method, cfg, options)
     batches = [] if tokens is None else _batches(tokens) if scorer.additive else [tokens]
     wrapped = batches if progress is None or len(batches) < 2 else progress(batches, "scoring")
-    return scorers.score(scorer, params, probes(cfg, units), wrapped)
+    scores = curves = scorers.score(scorer, params, probes(cfg, units), wrapped)
+    if settings.allocation == "sensitivity" and set(settings.units) <= {"kv", "mlp"}:
+        curves = sensitivity.curves(params, cfg, scores, _few(tokens), progress=progress)
+    return scores, *aim.shape(curves, cfg)
 
 
 @functools.lru_cache(maxsize=2)  # one scorer, one compiled program, however many calibration sets
@@ -183,56 +234,22 @@ def _scorer(method: str, cfg: LlamaConfig, options: methods.Options) -> scorers.
     return make(cfg, options)
 
 
-def gates(params: Params, cfg: LlamaConfig, tokens: Any, settings: Settings) -> Probes:
+def gates(params: Params, cfg: LlamaConfig, tokens: Any, settings: Settings, *, goal: budgets.Target | None = None) -> Probes:
     """The gates of what one step of `prune` would keep, nothing cut or reconstructed: see `calibration_choice.choose`.
 
     Args:
       params, cfg: the model.
       tokens: int32[samples, t].
       settings: what to do.
+      goal: as in `prune`; what is measured there is predicted here.
 
     Raises:
       ValueError: the settings do not fit the model, or the budget cannot be met at all.
     """
-    tokens = np.asarray(tokens)
-    budget, constraints = round(cfg.decoder_parameters * settings.ratio), settings.constraints(cfg)
-    scores = _score(params, cfg, tokens, settings, settings.seed, budget, constraints, None)
-    plan = _plan(params, cfg, tokens, scores, budget, settings, constraints, None)
-    return surgery.gates_of(plan, cfg)
-
-
-def _plan(
-    params,
-    cfg,
-    tokens,
-    scores: PerLayer,
-    budget: int,
-    settings: Settings,
-    constraints: allocate.Constraints,
-    progress: Progress | None,
-) -> Plan:
-    if settings.units == ("hidden",):
-        step = settings.multiple_of
-        kept = round(cfg.d * (1 - budget / cfg.decoder_parameters) / step) * step
-        return select(scores, ({"d": min(max(kept, step), cfg.d)},) * len(cfg.layers))
-    if settings.units in (("layers",), ("sublayers",)):
-        rule = allocate.whole_layers if settings.units == ("layers",) else allocate.sublayers
-        return _all_or_nothing(rule(scores, cfg, budget, constraints), cfg)
-    curves = scores
-    if settings.allocation == "sensitivity":
-        curves = sensitivity.curves(params, cfg, scores, _few(tokens), progress=progress)
-    return select(scores, _widths(curves, cfg, budget, settings, constraints))
-
-
-def _widths(curves: PerLayer, cfg: LlamaConfig, budget: int, settings: Settings, constraints: allocate.Constraints) -> Widths:
-    widths = methods.RANKINGS[settings.allocation](curves, cfg, budget, constraints)
-    if settings.max_distinct is None:
-        return widths
-    return _shapes.merge(widths, cfg, budget, constraints, settings.max_distinct)
-
-
-def _all_or_nothing(widths: PerLayer, cfg: LlamaConfig) -> Plan:
-    return Plan(tuple({a: np.arange(n) for a, n in layer.items()} for layer in widths), unit_counts(cfg, "kf"))
+    predicted = None if goal is None else goal._replace(measure=None)
+    aim = Aim(cfg, settings, round(cfg.decoder_parameters * settings.ratio), predicted, lambda what: None)
+    scores, shape, _ = _scored(params, cfg, np.asarray(tokens), aim, settings.seed, None)
+    return surgery.gates_of(_narrow.plan(scores, shape, cfg, settings), cfg)
 
 
 def _notes(cfg: LlamaConfig, small: LlamaConfig, settings: Settings) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import jax
 
-from jaxprune import calibration_choice, data, folder, methods, pipeline
+from jaxprune import budgets, calibration_choice, data, folder, methods, pipeline
 from jaxprune.commands._common import check_tokens, flag, say
 
 
@@ -49,6 +49,7 @@ def calibration_tokens(
     target: str | None,
     *,
     by_method: bool = True,
+    goal: budgets.Target | None = None,
 ) -> tuple[data.Calibration, Any]:
     """The calibration tokens that the flags ask for, each step's own, and those that weights are fitted on.
 
@@ -60,8 +61,9 @@ def calibration_tokens(
       model: the model.
       target: what is reconstructed, or None, for which there are no tokens to fit on.
       by_method: the method says how many tokens weights are fitted on, where the flags do not.
+      goal: see `pipeline.prune`.
     """
-    calibration = _for_scores(flags, settings, model)
+    calibration = _for_scores(flags, settings, model, goal)
     if target is None:
         return calibration, None
     own = by_method and flags.calibration != "self" and flags.samples is None and flags.length is None
@@ -75,7 +77,9 @@ def calibration_tokens(
     return calibration, found.tokens
 
 
-def _for_scores(flags: Calibration, settings: pipeline.Settings, model: folder.Model) -> data.Calibration:
+def _for_scores(
+    flags: Calibration, settings: pipeline.Settings, model: folder.Model, goal: budgets.Target | None
+) -> data.Calibration:
     method = methods.find(settings.method)
     samples = (method.samples if flags.samples is None else flags.samples) * settings.steps
     length = _up_to_a_row(flags.calibration, method.length) if flags.length is None else flags.length
@@ -83,7 +87,7 @@ def _for_scores(flags: Calibration, settings: pipeline.Settings, model: folder.M
         raise ValueError(f"candidates: {flags.candidates} given; ask for at least 1")
     found = _draw(flags, model, samples, length, flags.samples is None and settings.steps == 1)
     if flags.candidates > 1:
-        found = _least_divergence(flags, settings, model, found)
+        found = _least_divergence(flags, settings, model, found, goal)
     if flags.calibration_sha256 is not None:
         data.check_sha256(flags.calibration_sha256, found.sha256, flags.calibration)
     return found
@@ -95,7 +99,11 @@ def _up_to_a_row(source: str, length: int) -> int:
 
 
 def _least_divergence(
-    flags: Calibration, settings: pipeline.Settings, model: folder.Model, first: data.Calibration
+    flags: Calibration,
+    settings: pipeline.Settings,
+    model: folder.Model,
+    first: data.Calibration,
+    goal: budgets.Target | None,
 ) -> data.Calibration:
     if settings.steps > 1 or methods.find(settings.method).scorer is None or methods.find(settings.method).needs == "weights":
         raise ValueError(f"candidates: {flags.candidates} given; that is for methods that score a text once; leave it out")
@@ -108,7 +116,7 @@ def _least_divergence(
     held_out = draw(flags.candidates).tokens
     choice = calibration_choice.choose(
         [found.tokens for found in sets],
-        lambda tokens: pipeline.gates(model.params, model.cfg, tokens, settings),
+        lambda tokens: pipeline.gates(model.params, model.cfg, tokens, settings, goal=goal),
         model.params,
         model.cfg,
         held_out[: pipeline.divisor(held_out.shape)],

@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune import data, folder, methods, models, pipeline, proof
 from jaxprune._files import atomic_folder
 from jaxprune._progress import progress
+from jaxprune.commands import _budget
 from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described
 from jaxprune.commands._common import ModelName, Output, flag, layer_range, peak_memory, say, stage
 
@@ -62,7 +63,7 @@ class Prune:
     model: ModelName
     out: Annotated[Path, flag("DIR")]
     """Folder to write."""
-    ratio: Annotated[float, flag("R")] = 0.2
+    ratio: Annotated[float | None, flag("R", "0.2, unless a target is given")] = None
     """Fraction of the parameters of all attention and MLP matrices to remove."""
     method: Annotated[str, flag("NAME")] = methods.DEFAULT
     """How units are scored; `jaxprune methods` lists them."""
@@ -72,6 +73,7 @@ class Prune:
     """Type of the weights. Scores are float32 in any case."""
     overwrite: bool = False
     """Replace the output folder if it has content."""
+    budget: _budget.Budget = _budget.Budget()
     calibration: Calibration = Calibration()
     scoring: Scoring = Scoring()
     reconstruction: Reconstruction = Reconstruction()
@@ -79,12 +81,16 @@ class Prune:
     output: Output = Output()
 
     def settings(self) -> pipeline.Settings:
-        """The flags as `pipeline.Settings`."""
+        """The flags as `pipeline.Settings`.
+
+        Raises:
+          ValueError: they cannot be used.
+        """
         given = self.shape.units
         units = tuple(given.split(",")) if given is not None else methods.default_units(self.method)
-        return pipeline.Settings(
+        settings = pipeline.Settings(
             method=self.method,
-            ratio=self.ratio,
+            ratio=pipeline.Settings.ratio if self.ratio is None else self.ratio,
             units=units,
             ranking=self.shape.ranking,
             reconstruct=self.reconstruction.reconstruct,
@@ -99,6 +105,8 @@ class Prune:
             aggregate=self.scoring.aggregate,
             seed=self.calibration.seed,
         )
+        _budget.check(self.budget, settings, ratio=self.ratio, plan=self.plan)
+        return settings
 
 
 def run(args: Prune) -> dict[str, Any]:
@@ -113,17 +121,20 @@ def run(args: Prune) -> dict[str, Any]:
         with stage("loading", seconds):
             needs_tokenizer = reads_text and not data.is_token_file(args.calibration.calibration)
             model = folder.load(args.model, args.dtype, needs_tokenizer=needs_tokenizer)
-        tokens = fit_tokens = calibration = None
+        tokens = fit_tokens = calibration = goal = None
+        if _budget.asked(args.budget):
+            with stage("reading the target", seconds):
+                goal = _budget.goal(args.budget, model.cfg, settings, args.dtype)
         if reads_text:
             with stage("reading calibration text", seconds):
                 calibration, fit_tokens = calibration_tokens(
-                    args.calibration, args.reconstruction, settings, model, target, by_method=args.plan is None
+                    args.calibration, args.reconstruction, settings, model, target, by_method=args.plan is None, goal=goal
                 )
                 tokens = calibration.tokens
         with stage("pruning", seconds):
             if args.plan is None:
                 pruned = pipeline.prune(
-                    model.params, model.cfg, tokens, settings, say, fit_tokens=fit_tokens, progress=progress
+                    model.params, model.cfg, tokens, settings, say, fit_tokens=fit_tokens, goal=goal, progress=progress
                 )
             else:
                 pruned = pipeline.by_plan(
@@ -148,6 +159,11 @@ def run(args: Prune) -> dict[str, Any]:
         for note in pruned.notes:
             say(f"note: {note}")
         result = summary(model.cfg, pruned, report, seconds)
+        budget = {}
+        if goal is not None and pruned.met is not None:
+            settings = dataclasses.replace(settings, ratio=pruned.met.ratio)
+            result = _budget.rows(goal, pruned.met, model.cfg) | result
+            budget = {"target": _budget.recorded(goal, pruned.met, model.cfg)}
         model = model._replace(params=None)  # saving reads the pruned weights alone: the dense ones need not stay in memory
         record = dict(
             plan=json.loads(pruned.plan.to_json()),
@@ -159,6 +175,7 @@ def run(args: Prune) -> dict[str, Any]:
             metrics=result,
             updates=list(pruned.updates),
             before=model.record,
+            **budget,
         )
         with stage("saving", seconds):
             folder.save(out, folder.Model(pruned.params, pruned.cfg, model.tokenizer, str(args.out), record))

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune import data, folder, methods, report
 from jaxprune._decode import check_file
-from jaxprune.commands import evaluate, prune, recover, verify
+from jaxprune.commands import _budget, evaluate, prune, recover, verify
 from jaxprune.commands._calibration import Calibration, Reconstruction
 from jaxprune.commands._common import ModelName, Output, flag
 from jaxprune.commands._stages import once, opened
@@ -64,7 +64,7 @@ class Run:
     model: ModelName
     out: Annotated[Path, flag("DIR")]
     """Folder for the models (pruned/, recovered/), the numbers (*.json), the figures and report.html."""
-    ratio: Annotated[float, flag("R")] = 0.2
+    ratio: Annotated[float | None, flag("R", "0.2, unless a target is given")] = None
     """Fraction of the parameters of all attention and MLP matrices to remove."""
     method: Annotated[str, flag("NAME")] = methods.DEFAULT
     """How units are scored; `jaxprune methods` lists them."""
@@ -72,6 +72,7 @@ class Run:
     """Type of the weights."""
     overwrite: bool = False
     """Begin anew in a folder that holds another run."""
+    budget: _budget.Budget = _budget.Budget()
     calibration: Calibration = Calibration()
     scoring: prune.Scoring = prune.Scoring()
     reconstruction: Reconstruction = Reconstruction()
@@ -84,7 +85,8 @@ class Run:
         """The flags of the pruning stage."""
         return prune.Prune(
             model=self.model, out=self.out / "pruned", ratio=self.ratio, method=self.method, dtype=self.dtype, overwrite=True,
-            calibration=self.calibration, scoring=self.scoring, reconstruction=self.reconstruction, shape=self.shape,
+            budget=self.budget, calibration=self.calibration, scoring=self.scoring, reconstruction=self.reconstruction,
+            shape=self.shape,
         )  # fmt: skip
 
     def recover_flags(self) -> recover.Recover:

@@ -49,6 +49,30 @@ def prune(refused, model, tmp_path):
         (("--plan", "nowhere.json"), "nowhere.json: no such file; give a plan"),
         (("--units", ""), "units: '' given"),
         (("--json", "nowhere/result.json"), "json: nowhere/result.json given"),
+        (
+            ("--target-params", "many"),
+            "target_params: 'many' given; give a positive number with one of the suffixes k, K, M, G",
+        ),
+        (("--target-params", "20MB"), "target_params: '20MB' given"),
+        (
+            ("--target-params", "1M"),
+            "1.00M parameters given; the model has 31.97k parameters, so it is met already; ask for less",
+        ),
+        (
+            ("--target-params", "10k", "--method", "random"),
+            "10.00k parameters given; with these layers, units and multiples at",
+        ),
+        (("--target-params", "5k", "--method", "random", "--units", "layers"), "parameters stay; ask for more"),
+        (("--target-params", "20k", "--ratio", 0.2), "ratio: 0.2 given together with a target"),
+        (("--target-params", "20k", "--plan", "p.json"), "plan: p.json given together with a target"),
+        (("--target-params", "20k", "--steps", 2), "steps: 2 given; a target is met in one step"),
+        (("--target-params", "20k", "--target-flops", "1k"), "--target-params and --target-flops given; give one of them"),
+        (("--target-memory", "0"), "target_memory: '0' given; give a positive number with one of the suffixes B, kB, MB"),
+        (("--target-memory", "100kB", "--batch", 0), "batch: 0 given"),
+        (("--target-flops", "1k", "--context", 0), "context: 0 given"),
+        (("--target-flops", "1k"), "1.00k FLOPs given; with these layers"),
+        (("--target-latency", "20"), "target_latency: '20' given; give a positive number with one of the suffixes us, ms, s"),
+        (("--target-throughput", "fast"), "target_throughput: 'fast' given"),
     ],
 )
 def test_flags_of_prune(prune, flags, message):
@@ -142,6 +166,8 @@ def test_flags_of_evaluate(refused, model, tmp_path, flags, message):
         (("--data", "nowhere.txt"), "nowhere.txt: no such file"),
         (("--prompt", "\udcff"), "prompt: not UTF-8"),
         (("--ratio", 2), "ratio: 2.0 given"),
+        (("--target-params", "0"), "target_params: '0' given"),
+        (("--target-latency", "1ms", "--ratio", 0.3), "ratio: 0.3 given together with a target"),
     ],
 )
 def test_flags_of_run_are_checked_before_the_first_stage(refused, model, tmp_path, monkeypatch, flags, message):
