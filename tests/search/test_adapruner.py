@@ -14,7 +14,7 @@ from jaxprune.search import _metrics, fitness
 from jaxprune.search.adapruner import adapruner, informative
 
 SCRIPT = Path(__file__).with_name("tiny_search.py")
-SUBSET = (0, 3, 4, 5)  # a subset that is not in one piece
+SUBSET = (0, 3, 7, 10)  # a subset that is not in one piece
 
 
 class Found(NamedTuple):
@@ -33,11 +33,9 @@ def tiny_search():
 
 
 @pytest.fixture(scope="module")
-def found():
+def found(tiny_search):
     """A model with grouped queries, windows, and their statistics."""
-    cfg = models.LlamaConfig(vocab=64, d=16, head_dim=4, layers=(models.LayerDims(4, 2, 24),) * 2)
-    params = jax.tree.map(lambda x: 3 * x, models.init(jax.random.key(0), cfg))
-    pool = np.random.default_rng(0).integers(0, cfg.vocab, (6, 10), np.int32)
+    params, cfg, pool = tiny_search.PARAMS, tiny_search.CFG, tiny_search.POOL
     return Found(params, cfg, pool, _metrics.statistics(params, cfg, pool))
 
 
@@ -98,7 +96,7 @@ def test_trial_0_is_llm_pruner_on_the_first_windows(found, tmp_path):
     def plan_of(scores):
         return plan.select(scores, tuple({a: len(x) for a, x in layer.items()} for layer in theirs.plan.keep))
 
-    loss_of = fitness.gate_fitness(params, cfg, pool[4:], devices=jax.devices()[:1])
+    loss_of = fitness.gate_fitness(params, cfg, pool[8:], devices=jax.devices()[:1])
     seen = []
     points = adapruner(
         params, cfg, pool, loss_of, plan_of, study=tmp_path / "study.db", trials=4, subset_size=4,
@@ -144,7 +142,7 @@ def test_a_loss_that_is_not_finite_is_a_bad_one(tiny_search, tmp_path):
 
 def test_a_study_of_other_settings_is_refused(tiny_search, tmp_path):
     def narrow(scores):
-        return plan.select(scores, ({"k": 1, "f": 8},))
+        return plan.select(scores, ({"k": 1, "f": 8},) * 2)
 
     study = tmp_path / "study.db"
     tiny_search.search(study, trials=1, settings=dict(ratio=0.5))

@@ -11,23 +11,23 @@ import numpy as np
 from jaxprune import models, plan
 from jaxprune.search.adapruner import adapruner
 
-CFG = models.LlamaConfig(vocab=64, d=16, head_dim=4, layers=(models.LayerDims(2, 1, 24),))
+CFG = models.LlamaConfig(vocab=64, d=16, head_dim=4, layers=(models.LayerDims(2, 2, 24),) * 2)
+PARAMS = jax.tree.map(lambda x: 3 * x, models.init(jax.random.key(0), CFG))
 POOL = np.random.default_rng(1).integers(0, 64, (12, 8), np.int32)
 
 
 def half(scores):
-    return plan.select(scores, ({"k": 1, "f": 12},))
+    return plan.select(scores, ({"k": 1, "f": 12},) * 2)
 
 
 def losses(plans):
     """Stands for a model: low for high channels."""
-    return np.array([-float(p.keep[0]["f"].sum() + p.keep[0]["k"].sum()) for p in plans])
+    return np.array([-float(sum(p.keep[0]["f"]) + sum(p.keep[1]["f"])) for p in plans])
 
 
 def search(study, fitness=losses, plan_of=half, **options):
-    params = jax.tree.map(lambda x: 3 * x, models.init(jax.random.key(0), CFG))
-    options = dict(trials=8, subsets=4, subset_size=3, startup=3) | options
-    return adapruner(params, CFG, POOL, fitness, plan_of, study=study, **options)
+    options = dict(trials=8, subsets=4, subset_size=4, startup=3) | options
+    return adapruner(PARAMS, CFG, POOL, fitness, plan_of, study=study, **options)
 
 
 def main(study, kill_at):
