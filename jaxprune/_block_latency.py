@@ -54,8 +54,9 @@ class Table(NamedTuple):
     Attributes:
       dense: of the whole model.
       outside: of the model without layers.
-      blocks: name of a kind of sublayer -> pairs of width, ascending, and seconds. Kinds are `attention` with
-        the query heads of a KV group, and `mlp`; or `model`, whole models by the width of their residual stream.
+      blocks: name of a kind of sublayer -> pairs of width, ascending, and seconds. Kinds are `attention` with the query heads
+        of a KV group, and `mlp`, both also `alone`, in a run of one layer, for which XLA makes other programs; or `model`,
+        whole models by the width of their residual stream.
     """
 
     dense: float
@@ -68,7 +69,7 @@ class Table(NamedTuple):
         return float(np.interp(width, [w for w, _ in found], [s for _, s in found]))
 
 
-def seconds(cfg: LlamaConfig, when: Conditions) -> float:
+def seconds(cfg: LlamaConfig, when: Conditions, of: Callable[[list[float]], float] = statistics.median) -> float:
     """The median time of a call of a model of this shape, with the functions that generation uses, after one that compiles."""
     params = _weights(cfg, when.dtype)
     times: list[float] = []
@@ -84,7 +85,7 @@ def seconds(cfg: LlamaConfig, when: Conditions) -> float:
             logits, cache = decode.step(params, tokens[:, -1], when.context - 1, cfg, cache)
         jax.block_until_ready(logits)
         times.append(time.perf_counter() - begin)
-    return statistics.median(times[1:])
+    return of(times[1:])
 
 
 def _weights(cfg: LlamaConfig, dtype: str) -> Any:
@@ -112,16 +113,20 @@ def predicted(table: Table, dense: LlamaConfig, cfg: LlamaConfig) -> float:
 
 
 def _blocks(table: Table, cfg: LlamaConfig) -> float:
-    attention = sum(table.block(_kind(d.q_per_kv), d.kv_heads) for d in cfg.layers if d.kv_heads)
-    return attention + sum(table.block("mlp", d.ff) for d in cfg.layers if d.ff)
+    total = 0.0
+    for run in cfg.runs:
+        alone, dims = run.length == 1, run.dims
+        each = table.block(_kind(dims, "k", alone), dims.kv_heads) if dims.kv_heads else 0.0
+        total += run.length * (each + (table.block(_kind(dims, "f", alone), dims.ff) if dims.ff else 0.0))
+    return total
 
 
-def _kind(q_per_kv: int) -> str:
-    return f"attention {q_per_kv}"
+def _kind(dims: LayerDims, axis: str, alone: bool) -> str:
+    return (f"attention {dims.q_per_kv}" if axis == "k" else "mlp") + (", alone" if alone else "")
 
 
 def measure(cfg: LlamaConfig, when: Conditions, progress: Progress | None = None) -> Table:
-    """Measures the sublayers of a model by width, in stacks of equal ones.
+    """Measures the sublayers of a model by width, in stacks of equal ones, by the fastest call, which is the least disturbed.
 
     Args:
       cfg: the model.
@@ -129,17 +134,18 @@ def measure(cfg: LlamaConfig, when: Conditions, progress: Progress | None = None
       progress: wraps the sequence of measurements; called with it and a description.
     """
     groups = {d.q_per_kv: max(e.kv_heads for e in cfg.layers if e.q_per_kv == d.q_per_kv) for d in cfg.layers if d.kv_heads}
+    sublayers = [LayerDims(k, g, 0) for g, most in sorted(groups.items()) for k in range(1, most + 1)]
     widest = max(dims.ff for dims in cfg.layers)
-    stacks = [(_kind(g), k, LayerDims(k, g, 0)) for g, most in sorted(groups.items()) for k in range(1, most + 1)]
-    stacks += [("mlp", f, LayerDims(0, 0, f)) for f in spread(widest, WIDTHS)]
+    todo = [(dims, alone) for alone in (False, True) for dims in sublayers]
+    todo += [(LayerDims(0, 0, f), alone) for alone in (False, True) for f in spread(widest, WIDTHS // 2 if alone else WIDTHS)]
     none = _like(cfg, (LayerDims(0, 0, 0),))
-    shell = seconds(_like(none, none.layers, vocab=8), when)
+    shell = seconds(_like(none, none.layers, vocab=8), when, min)
     blocks: dict[str, list[list[float]]] = {}
-    for kind, width, dims in stacks if progress is None else progress(stacks, "measuring latencies"):
-        n = _depth(cfg, dims, when)
-        each = max(seconds(_like(cfg, (dims,) * n, vocab=8), when) - shell, 0.0) / n
-        found = blocks.setdefault(kind, [[0.0, 0.0]])
-        found.append([float(width), each])
+    for dims, alone in todo if progress is None else progress(todo, "measuring latencies"):
+        stack = _stack(cfg, dims, when, alone)
+        each = max(seconds(_like(cfg, stack, vocab=8), when, min) - shell, 0.0) / stack.count(dims)
+        width, axis = (dims.kv_heads, "k") if dims.kv_heads else (dims.ff, "f")
+        blocks.setdefault(_kind(dims, axis, alone), [[0.0, 0.0]]).append([float(width), each])
     return Table(seconds(cfg, when), seconds(none, when), blocks)
 
 
@@ -167,20 +173,21 @@ def _like(cfg: LlamaConfig, layers: Sequence[LayerDims], **more: Any) -> LlamaCo
     return dataclasses.replace(cfg, layers=tuple(layers), **more)
 
 
-def _depth(cfg: LlamaConfig, dims: LayerDims, when: Conditions) -> int:
-    """Layers in a stack: few where arithmetic takes the time, enough to leave the processor's caches where reading does."""
-    few = min(4, len(cfg.layers))
-    if when.phase == "prefill":
-        return few
+def _stack(cfg: LlamaConfig, dims: LayerDims, when: Conditions, alone: bool) -> tuple[LayerDims, ...]:
+    """Equal layers: few where arithmetic takes the time, enough to leave the processor's caches where reading does.
+
+    To stand alone they are separated by layers too small to count.
+    """
     size = cfg.matrix_parameters(dims) * jnp.dtype(when.dtype).itemsize
-    return max(few, min(len(cfg.layers), STACK // max(size, 1)))
+    most = 4 if when.phase == "prefill" else max(4, STACK // max(size, 1))
+    return ((dims, LayerDims(0, 0, 1)) if alone else (dims,)) * min(most, len(cfg.layers))
 
 
 def place(cfg: LlamaConfig, when: Conditions, kind: str) -> tuple[Path, str]:
     """The file of a table, `latency-*.json` in `$XDG_CACHE_HOME/jaxprune` or `~/.cache/jaxprune`, and what it depends on."""
     shape = _like(cfg, cfg.layers, bos_id=None, eos_ids=(), pad_id=None)
     device = [jax.devices()[0].device_kind, str(jax.device_count()), str(os.cpu_count()), platform.node(), platform.machine()]
-    key = json.dumps([1, kind, repr(shape), when._asdict(), device, jax.__version__], sort_keys=True)
+    key = json.dumps([2, kind, repr(shape), when._asdict(), device, jax.__version__], sort_keys=True)
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(root).expanduser() / "jaxprune" / f"latency-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json", key
 

@@ -233,12 +233,7 @@ def meet(
         return _under(at, target, target.limit, cfg, fill)
     limit, tried = target.limit, list[Met]()
     for number in range(1, ROUNDS + 1):
-        try:
-            met = _under(at, target, limit, cfg, fill)
-        except ValueError:
-            if not tried:
-                raise
-            break  # the corrected limit is out of reach, the first one was not
+        met = _under(at, target, limit, cfg, fill, or_least=number > 1)
         if any(met.cfg == before.cfg for before in tried):
             break
         met = met._replace(measured=target.measure(met.cfg))
@@ -253,8 +248,14 @@ def meet(
 
 
 def _under(
-    at: Callable[[float], LlamaConfig], target: Target, limit: float | int, dense: LlamaConfig, fill: tuple[str, int] | None
+    at: Callable[[float], LlamaConfig],
+    target: Target,
+    limit: float | int,
+    dense: LlamaConfig,
+    fill: tuple[str, int] | None,
+    or_least: bool = False,
 ) -> Met:
+    """What comes nearest to a limit from below; where nothing does, an error or what costs least."""
     found: dict[float, Met] = {}
 
     def cost(ratio: float) -> float:
@@ -267,7 +268,10 @@ def _under(
     grid = [float(ratio) for ratio in np.linspace(1e-6, top, GRID)]
     first = next((i for i, ratio in enumerate(grid) if cost(ratio) <= limit), None)
     if first is None:
-        raise _too_little(target, min(met.cost for met in found.values()))
+        least = min(found.values(), key=lambda met: met.cost)
+        if or_least:
+            return least
+        raise _too_little(target, least.cost)
     low, high = grid[max(first - 1, 0)], grid[first]
     while high - low > CLOSE:
         middle = (low + high) / 2
@@ -331,7 +335,9 @@ def notes(target: Target, met: Met) -> tuple[str, ...]:
     if met.more:
         said.append(f"target: no ratio leads within {WITHIN:.0%} of {limit}, so layers got {met.more} units back")
     if met.reached > target.limit:
-        said.append(f"target: {limit} asked, {reached} measured: {met.reached / target.limit - 1:.1%} over; ask for less")
-    elif met.reached < (1 - (NEAR if target.measure else WITHIN)) * target.limit:
+        over, shapes = met.reached / target.limit - 1, len(set(met.cfg.layers))
+        why = f"; its layers have {shapes} shapes, fewer (--max-distinct) may be faster" if shapes > 2 else ""
+        said.append(f"target: {limit} asked, {reached} measured: {over:.1%} over, the nearest that was found{why}")
+    elif target.measure is None and met.reached < (1 - WITHIN) * target.limit:
         said.append(f"target: {limit} asked, {reached} reached: units or multiples are too coarse to come nearer")
     return tuple(said)

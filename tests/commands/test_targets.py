@@ -14,7 +14,7 @@ FAST = ("--method", "magnitude", "--multiple-of", 1)
 def clock(monkeypatch, tmp_path):
     """Times in proportion to weights, none of them measured."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(_block_latency, "seconds", lambda cfg, when: 1e-3 + 1e-6 * cfg.decoder_parameters)
+    monkeypatch.setattr(_block_latency, "seconds", lambda cfg, when, of=None: 1e-3 + 1e-6 * cfg.decoder_parameters)
 
 
 def pruned(jaxprune, model, folder, *flags):
