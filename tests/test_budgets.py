@@ -233,7 +233,7 @@ def test_the_table_is_measured_once(clock, tmp_path):
     first = _block_latency.cached(CFG, WHEN, say=said.append)
     calls, (path,) = clock.calls, (tmp_path / "cache" / "jaxprune").iterdir()
     assert (
-        calls == 2 * (4 + 8) + 3 and f"{path}; delete it" in said[-1]
+        calls == 2 * 4 + 8 + 4 + 3 and f"{path}; delete it" in said[-1]
     )  # widths of both kinds, stacked and alone, and three models
     assert _block_latency.cached(CFG, WHEN) == first and clock.calls == calls
     _block_latency.cached(CFG, WHEN._replace(context=17))
