@@ -73,7 +73,8 @@ def adapruner(
       keep: fraction of the pool that is not dropped.
       startup: random trials before the estimator is asked, trial 0 included.
       seed: of subsets and trials.
-      microbatch: sequences that go through a layer at a time; it divides `subset_size`. None is all of them.
+      microbatch: sequences that go through a layer at a time; it divides `subset_size`. None is all of them. It moves the
+        last bits of scores: `pipeline.divisor` gives those of `pipeline.prune`.
       settings: what else the trials depend on, JSON: a study that was made with another value is refused. Seeds, sizes, the
         pool, the model and what `plan_of` does are compared without being named here; the text of `fitness` is not.
       cost: size of what a plan leaves; None is parameters of the attention and MLP matrices.
