@@ -1,7 +1,7 @@
 """Recovery of a pruned model: closed-form reconstruction, low-rank adapters and their training."""
 
 from jaxprune.recovery import lora
-from jaxprune.recovery.least_squares import admm, least_squares_to, masked_least_squares
+from jaxprune.recovery.least_squares import admm, least_squares_to, masked_least_squares, nested_least_squares
 from jaxprune.recovery.loss import AdapterLoss, lm_loss
 from jaxprune.recovery.obs import greedy
 from jaxprune.recovery.reconstruct import TARGETS, reconstruct
@@ -18,6 +18,7 @@ __all__ = [
     "lm_loss",
     "lora",
     "masked_least_squares",
+    "nested_least_squares",
     "reconstruct",
     "schedule_and_optimizer",
     "slice_gpt",

@@ -8,7 +8,10 @@ minimises :math:`\sum_t |W x_t - W_K x_{t,K}|^2` plus a ridge towards the kept c
 of Search-LLM, the compensation of Numerical Pruning and the structured case of APT.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
+import scipy.linalg
 
 from jaxprune.recovery._solve import damping, inverse, solve
 
@@ -71,6 +74,45 @@ def least_squares_to(target: np.ndarray, gram: np.ndarray, w: np.ndarray, keep: 
     ridge = damping(gram, damp)
     kept = gram[np.ix_(keep, keep)] + ridge * np.eye(len(keep))
     return solve(kept, (target[:, keep] + ridge * w[:, keep]).T).T
+
+
+def nested_least_squares(
+    w: np.ndarray, gram: np.ndarray, order: np.ndarray, counts: Sequence[int], damp: float = 1e-2
+) -> list[np.ndarray]:
+    r"""`masked_least_squares` for the first inputs of an order, for several numbers of them, from one Cholesky factor.
+
+    Kept sets that lie inside each other are leading blocks of the ordered :math:`G_\delta`, whose factors are leading blocks of
+    its factor.
+
+    Args:
+      w: [out, in].
+      gram: sum of x x^T over calibration tokens, [in, in].
+      order: all inputs, those that stay longest first.
+      counts: how many of them are kept.
+      damp: as in `masked_least_squares`.
+
+    Returns:
+      For each count float64[out, count], the columns in the given order.
+
+    >>> import numpy as np
+    >>> from jaxprune import recovery
+    >>> x, w, order = np.random.default_rng(0).normal(size=(4, 50)), np.ones((2, 4)), np.array([2, 0, 3, 1])
+    >>> two = recovery.nested_least_squares(w, x @ x.T, order, [2, 4])[0]
+    >>> bool(np.abs(two - recovery.masked_least_squares(w, x @ x.T, order[:2])).max() < 1e-12)
+    True
+    """
+    gram, w = np.asarray(gram, np.float64), np.asarray(w, np.float64)
+    ridge = damping(gram, damp)
+    rows = (w @ gram + ridge * w)[:, order].T
+    try:
+        factor = scipy.linalg.cholesky(gram[np.ix_(order, order)] + ridge * np.eye(len(order)), lower=True)
+    except scipy.linalg.LinAlgError:
+        return [masked_least_squares(w, gram, order[:n], damp) if n < len(order) else w[:, order] for n in counts]
+    half = scipy.linalg.solve_triangular(factor, rows, lower=True)
+    return [
+        scipy.linalg.solve_triangular(factor[:n, :n], half[:n], lower=True, trans="T").T if n < len(order) else w[:, order]
+        for n in counts
+    ]
 
 
 def admm(

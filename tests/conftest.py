@@ -10,6 +10,8 @@ import pytest
 # Read once, when jax is first imported. The package itself is imported inside the fixtures: jaxtyping hooks in after this file.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    # XLA's pool has as many threads as devices, and a collective holds one for each: any other task in it would stop them all.
+    os.environ["NPROC"] = "16"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 _TESTS = itertools.count(1)

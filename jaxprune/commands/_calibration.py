@@ -73,7 +73,7 @@ def calibration_tokens(
     if not (samples or length):
         return calibration, calibration.tokens
     default = calibration.tokens.shape
-    found = _draw(flags, model, samples or default[0], length or default[1], fit.fit_samples is None)
+    found = draw(flags, model, samples or default[0], length or default[1], fit.fit_samples is None)
     return calibration, found.tokens
 
 
@@ -85,7 +85,7 @@ def _for_scores(
     length = _up_to_a_row(flags.calibration, method.length) if flags.length is None else flags.length
     if flags.candidates < 1:
         raise ValueError(f"candidates: {flags.candidates} given; ask for at least 1")
-    found = _draw(flags, model, samples, length, flags.samples is None and settings.steps == 1)
+    found = draw(flags, model, samples, length, flags.samples is None and settings.steps == 1)
     if flags.candidates > 1:
         found = _least_divergence(flags, settings, model, found, goal)
     if flags.calibration_sha256 is not None:
@@ -109,11 +109,11 @@ def _least_divergence(
         raise ValueError(f"candidates: {flags.candidates} given; that is for methods that score a text once; leave it out")
     samples, length = first.tokens.shape
 
-    def draw(i: int) -> data.Calibration:
-        return _draw(dataclasses.replace(flags, seed=flags.seed + i), model, samples, length, False)
+    def drawn(i: int) -> data.Calibration:
+        return draw(dataclasses.replace(flags, seed=flags.seed + i), model, samples, length, False)
 
-    sets = [first, *map(draw, range(1, flags.candidates))]
-    held_out = draw(flags.candidates).tokens
+    sets = [first, *map(drawn, range(1, flags.candidates))]
+    held_out = drawn(flags.candidates).tokens
     choice = calibration_choice.choose(
         [found.tokens for found in sets],
         lambda tokens: pipeline.gates(model.params, model.cfg, tokens, settings, goal=goal),
@@ -125,7 +125,8 @@ def _least_divergence(
     return sets[choice.best]
 
 
-def _draw(flags: Calibration, model: folder.Model, samples: int, length: int, or_fewer: bool) -> data.Calibration:
+def draw(flags: Calibration, model: folder.Model, samples: int, length: int, or_fewer: bool) -> data.Calibration:
+    """Windows of the calibration text, which the model can read."""
     found = data.token_blocks(
         flags.calibration,
         model.tokenizer,

@@ -1,0 +1,1 @@
+"""Search: candidates are inputs of one compiled program, so a search is a loop of forward passes."""

@@ -1,0 +1,119 @@
+"""The loop of an evolutionary search: vary, measure, keep the best; each generation is a checkpoint."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from jaxprune._json import write_json
+from jaxprune.plan import Plan
+from jaxprune.search.points import Point, front, read_done
+
+G = TypeVar("G")
+
+
+class Problem(NamedTuple, Generic[G]):
+    """What evolves.
+
+    Attributes:
+      losses: candidates -> float[candidates]; lower is better.
+      vary: (best candidates so far, best first, generator, generation) -> new candidates, all of an allowed size.
+      cost: size of a candidate.
+      plan: what it keeps.
+      encode, decode: to and from what JSON can hold.
+    """
+
+    losses: Callable[[Sequence[G]], np.ndarray]
+    vary: Callable[[Sequence[G], np.random.Generator, int], list[G]]
+    cost: Callable[[G], float]
+    plan: Callable[[G], Plan]
+    encode: Callable[[G], Any]
+    decode: Callable[[Any], G]
+
+
+class Found(NamedTuple, Generic[G]):
+    """The best candidates, best first, with their losses, and everything that was measured."""
+
+    best: list[tuple[float, G]]
+    points: list[Point]
+
+
+def evolve(
+    problem: Problem[G],
+    *,
+    generations: int,
+    keep: int,
+    seed: int,
+    settings: dict[str, Any],
+    checkpoint: Path | None = None,
+    start: Sequence[G] = (),
+    on_generation: Callable[[int, "Found[G]"], None] = lambda generation, found: None,
+) -> Found[G]:
+    """Evolves candidates. Generation 0 is `start`, or what `vary` makes of nothing.
+
+    Random numbers of a generation depend on `seed` and its number alone, so a search that goes on from a checkpoint finds what
+    it would have found without the interruption. No candidate is measured twice.
+
+    Args:
+      problem: see there.
+      generations: after generation 0.
+      keep: best candidates that the next generation comes from.
+      seed: of random numbers.
+      settings: all that the result depends on; a checkpoint of others is refused.
+      checkpoint: file that is written after each generation and gone on from if it is there, or None.
+      start: candidates of generation 0.
+      on_generation: called after each with its number and what was found.
+
+    Raises:
+      ValueError: the checkpoint is of another search, or generation 0 has no candidate.
+    """
+    done = -1
+    found: Found[G] = Found([], [])
+    state = None if checkpoint is None else read_done(checkpoint)
+    if state is not None:
+        changed = sorted(k for k in settings.keys() | state["settings"].keys() if settings.get(k) != state["settings"].get(k))
+        if changed:
+            raise ValueError(f"{checkpoint}: of a search with other settings ({', '.join(changed)}); name another folder")
+        done, found = state["generation"], _decoded(state, problem)
+    for generation in range(done + 1, generations + 1):
+        rng = np.random.default_rng([seed, generation])
+        parents = [candidate for _, candidate in found.best]
+        candidates = list(start) if generation == 0 and len(start) else problem.vary(parents, rng, generation)
+        known = {_key(problem.encode(c)) for c in parents}
+        fresh = list({_key(problem.encode(c)): c for c in candidates if _key(problem.encode(c)) not in known}.values())
+        if not (fresh or parents):
+            raise ValueError("search: no candidate of the asked size was found; widen the space or allow other sizes")
+        losses = problem.losses(fresh) if fresh else np.zeros(0)
+        pairs = sorted([*found.best, *zip(losses.tolist(), fresh, strict=True)], key=lambda pair: pair[0])[:keep]
+        made = [
+            Point(x, problem.cost(c), problem.plan(c), f"generation {generation}") for x, c in zip(losses, fresh, strict=True)
+        ]
+        found = Found(pairs, _light([*found.points, *made]))
+        if checkpoint is not None:
+            write_json(checkpoint, _encoded(found, problem, generation, settings))
+        on_generation(generation, found)
+    return found
+
+
+def _key(encoded: Any) -> str:
+    return repr(encoded)
+
+
+def _light(points: list[Point]) -> list[Point]:
+    """Points that are beaten stay beaten: their plans go."""
+    on_front = {id(p) for p in front(points)}
+    return [p if id(p) in on_front else p._replace(plan=None) for p in points]
+
+
+def _encoded(found: Found[G], problem: Problem[G], generation: int, settings: dict[str, Any]) -> dict[str, Any]:
+    points = [[p.loss, p.cost, None if p.plan is None else p.plan.to_json(), p.origin] for p in found.points]
+    return dict(generation=generation, settings=settings, best=[[x, problem.encode(c)] for x, c in found.best], points=points)
+
+
+def _decoded(state: dict[str, Any], problem: Problem[G]) -> Found[G]:
+    points = [
+        Point(float(x), cost, None if plan is None else Plan.from_json(plan), origin)
+        for x, cost, plan, origin in state["points"]
+    ]
+    return Found([(float(x), problem.decode(c)) for x, c in state["best"]], points)

@@ -1,0 +1,81 @@
+"""Losses of many candidates by gates: nothing is cut, and one compiled program serves all of them on every device."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from jaxprune import surgery
+from jaxprune.models import LlamaConfig, Params, loss_fn
+from jaxprune.plan import Plan
+
+Fitness: TypeAlias = Callable[[Sequence[Plan]], np.ndarray]  # plans -> float64[plans], nats a token, lower is better
+DIGITS = 6  # losses are rounded to so many, so that the order of additions on other devices does not decide a search
+
+
+def gate_fitness(
+    params: Params,
+    cfg: LlamaConfig,
+    tokens: Any,
+    *,
+    at_once: int = 1,
+    microbatch: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Fitness:
+    """The mean loss of each candidate on the same tokens, with the units that its plan does not keep gated off.
+
+    Candidates, never tokens, are spread over the devices, so the number of devices does not change what is computed.
+
+    Args:
+      params, cfg: the model.
+      tokens: int32[b, t] that the loss is measured on.
+      at_once: candidates that a device evaluates together, by `vmap`.
+      microbatch: sequences that go through a layer at a time; it divides b. None is all of them.
+      devices: None is all of this process.
+
+    Returns:
+      A function of plans. It says `inf` where a loss is not a number.
+
+    Raises:
+      ValueError: `at_once` is less than 1.
+
+    >>> import jax
+    >>> from jaxprune import models, plan
+    >>> from jaxprune.search import fitness
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),))
+    >>> params, tokens = models.init(jax.random.key(0), cfg), jax.numpy.arange(12).reshape(2, 6)
+    >>> loss_of = fitness.gate_fitness(params, cfg, tokens)
+    >>> keep = [plan.Plan(({"f": range(n)},), ({"f": 48},)) for n in (48, 8)]
+    >>> loss_of(keep).shape
+    (2,)
+    """
+    if at_once < 1:
+        raise ValueError(f"at_once: {at_once} given; it must be at least 1")
+    devices = jax.local_devices() if devices is None else devices
+    mesh = jax.make_mesh((len(devices),), ("c",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+    loss = loss_fn(cfg, remat=False, microbatch=microbatch)
+
+    def one(params, tokens, gates):
+        return loss(params, {"gates": gates}, tokens).mean()
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P("c")), out_specs=P("c"), check_vma=False)
+    def many(params, tokens, gates):
+        return jax.lax.map(functools.partial(one, params, tokens), gates, batch_size=at_once if at_once > 1 else None)
+
+    chunk = len(devices) * at_once
+
+    def fitness(plans: Sequence[Plan]) -> np.ndarray:
+        found: list[float] = []
+        for start in range(0, len(plans), chunk):
+            part = list(plans[start : start + chunk])
+            gates = [surgery.gates_of(plan, cfg)["gates"] for plan in (*part, *part[:1] * (chunk - len(part)))]
+            found += many(params, tokens, jax.tree.map(lambda *x: jnp.stack(x), *gates)).tolist()[: len(part)]
+        losses = np.round(np.array(found, np.float64), DIGITS)
+        return np.where(np.isfinite(losses), losses, np.inf)
+
+    return fitness
