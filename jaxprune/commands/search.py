@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import numpy as np
 
 from jaxprune import _narrow, allocate, budgets, data, folder, methods, models, pipeline, scorers, surgery
+from jaxprune._constraints import check
 from jaxprune._files import atomic_bytes, atomic_text
 from jaxprune._progress import progress, table
 from jaxprune.commands import _budget
@@ -202,6 +203,7 @@ def _task(args: Search, settings: pipeline.Settings, model: folder.Model, goal: 
         tokens = draw(args.calibration, model, samples, length, False).tokens
         other = draw(dataclasses.replace(args.calibration, calibration=args.effort.fitness), model, n, length, False).tokens
     if goal is None:
+        check(model.cfg, round(model.cfg.decoder_parameters * settings.ratio), settings.constraints(model.cfg))
         window = sizes.of_ratio(model.cfg, settings.ratio, settings.multiple_of)
     else:
         part = budgets.WITHIN if goal.measure is None else budgets.NEAR

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -10,10 +10,10 @@ from jaxprune._json import write_json
 from jaxprune.plan import Plan
 from jaxprune.search.points import Point, front, read_done
 
-G = TypeVar("G")
+Candidate: TypeAlias = Any  # a plan, or levels of a database
 
 
-class Problem(NamedTuple, Generic[G]):
+class Problem(NamedTuple):
     """What evolves.
 
     Attributes:
@@ -24,32 +24,32 @@ class Problem(NamedTuple, Generic[G]):
       encode, decode: to and from what JSON can hold.
     """
 
-    losses: Callable[[Sequence[G]], np.ndarray]
-    vary: Callable[[Sequence[G], np.random.Generator, int], list[G]]
-    cost: Callable[[G], float]
-    plan: Callable[[G], Plan]
-    encode: Callable[[G], Any]
-    decode: Callable[[Any], G]
+    losses: Callable[[Sequence[Candidate]], np.ndarray]
+    vary: Callable[[Sequence[Candidate], np.random.Generator, int], list[Candidate]]
+    cost: Callable[[Candidate], float]
+    plan: Callable[[Candidate], Plan]
+    encode: Callable[[Candidate], Any]
+    decode: Callable[[Any], Candidate]
 
 
-class Found(NamedTuple, Generic[G]):
+class Found(NamedTuple):
     """The best candidates, best first, with their losses, and everything that was measured."""
 
-    best: list[tuple[float, G]]
+    best: list[tuple[float, Candidate]]
     points: list[Point]
 
 
 def evolve(
-    problem: Problem[G],
+    problem: Problem,
     *,
     generations: int,
     keep: int,
     seed: int,
     settings: dict[str, Any],
     checkpoint: Path | None = None,
-    start: Sequence[G] = (),
-    on_generation: Callable[[int, "Found[G]"], None] = lambda generation, found: None,
-) -> Found[G]:
+    start: Sequence[Candidate] = (),
+    on_generation: Callable[[int, Found], None] = lambda generation, found: None,
+) -> Found:
     """Evolves candidates. Generation 0 is `start`, or what `vary` makes of nothing.
 
     Random numbers of a generation depend on `seed` and its number alone, so a search that goes on from a checkpoint finds what
@@ -69,7 +69,7 @@ def evolve(
       ValueError: the checkpoint is of another search, or generation 0 has no candidate.
     """
     done = -1
-    found: Found[G] = Found([], [])
+    found: Found = Found([], [])
     state = None if checkpoint is None else read_done(checkpoint)
     if state is not None:
         changed = sorted(k for k in settings.keys() | state["settings"].keys() if settings.get(k) != state["settings"].get(k))
@@ -106,12 +106,12 @@ def _light(points: list[Point]) -> list[Point]:
     return [p if id(p) in on_front else p._replace(plan=None) for p in points]
 
 
-def _encoded(found: Found[G], problem: Problem[G], generation: int, settings: dict[str, Any]) -> dict[str, Any]:
+def _encoded(found: Found, problem: Problem, generation: int, settings: dict[str, Any]) -> dict[str, Any]:
     points = [[p.loss, p.cost, None if p.plan is None else p.plan.to_json(), p.origin] for p in found.points]
     return dict(generation=generation, settings=settings, best=[[x, problem.encode(c)] for x, c in found.best], points=points)
 
 
-def _decoded(state: dict[str, Any], problem: Problem[G]) -> Found[G]:
+def _decoded(state: dict[str, Any], problem: Problem) -> Found:
     points = [
         Point(float(x), cost, None if plan is None else Plan.from_json(plan), origin)
         for x, cost, plan, origin in state["points"]

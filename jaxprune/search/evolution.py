@@ -93,7 +93,7 @@ def problem(
     constraints: Constraints,
     settings: Evolution,
     limits: Space,
-) -> Problem[Plan]:
+) -> Problem:
     r"""Evolution of plans: masks over KV groups and MLP channels, and layers that are gone.
 
     Candidates whose size is not allowed are brought to an allowed one, or dropped without being measured.

@@ -78,7 +78,7 @@ def write(folder: Path, points: Sequence[Point], unit: str, details: dict[str, A
 
 def pareto_figure(points: Sequence[Point], unit: str) -> "matplotlib.figure.Figure":
     """Loss against size: every candidate a point, the front a line, the dense model marked."""
-    figure, (ax,) = _plot.grid(1, 1, width=7, height=4.2)
+    figure, (ax,) = _plot.grid(1, 1, width=7.0, height=4.2)
     found, on_front = [p for p in points if p.origin != "dense"], front(points)
     ax.plot(
         [p.cost for p in found], [p.loss for p in found], "o", markersize=4, color=_plot.BLUE, alpha=0.35, label="candidates"

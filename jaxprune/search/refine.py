@@ -52,7 +52,7 @@ def problem(
     constraints: Constraints,
     settings: Refinement,
     recipe: Widths,
-) -> Problem[Levels]:
+) -> Problem:
     r"""Evolution of widths: which units go at each width, and how the others make up for it, is fixed in the database.
 
     Generation 0 is the recipe's allocation and the knapsacks of several powers and factors (`allocate.lagrangian`). A child

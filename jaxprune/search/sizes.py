@@ -50,7 +50,7 @@ def of_ratio(cfg: LlamaConfig, ratio: float, multiple: int = 1, slack: float = 0
     dense = cfg.decoder_parameters
     more = max(slack * dense, multiple * max(cost.get("f", 0) for cost in unit_costs(cfg)))
     most = round(dense * (1 - ratio))
-    return Window(lambda small: small.decoder_parameters, most - more, most)
+    return Window(lambda small: float(small.decoder_parameters), most - more, most)
 
 
 def tight(cfg: LlamaConfig, window: Window, multiple: int) -> Window:
