@@ -217,7 +217,9 @@ def _auto(task: Task) -> Outcome:
     scores = _once(task, "scores.npz", lambda: _scores(task, methods.find(methods.DEFAULT).scorer))
     recipe = _narrow.widths(_recipe(task, scores), cfg)
     db = database.build(params, cfg, scores, _batches(task.tokens), task.constraints, progress=progress)
-    measure = database.losses_of(params, cfg, db, pipeline.divisor(task.fitness.shape))
+    measure = database.losses_of(
+        params, cfg, db, at_once=task.args.effort.at_once, microbatch=pipeline.divisor(task.fitness.shape)
+    )
     schedule = refine.Refinement()
     if task.args.effort.generations is not None:
         schedule = dataclasses.replace(schedule, generations=task.args.effort.generations)

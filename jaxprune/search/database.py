@@ -14,7 +14,7 @@ from jaxprune.models.axes import OUTPUT
 from jaxprune.plan import Plan, Widths
 from jaxprune.recovery import nested_least_squares
 from jaxprune.scorers._sites import grams
-from jaxprune.search.fitness import DIGITS
+from jaxprune.search.fitness import over_devices
 
 Levels: TypeAlias = PerLayer  # of int: which of a sublayer's counts is taken
 Losses: TypeAlias = Callable[[Sequence[Levels], Any], np.ndarray]
@@ -157,22 +157,27 @@ def plan(db: Database, levels: Levels) -> Plan:
     return Plan(keep, tuple({a: int(c[0]) for a, c in layer.items()} for layer in db.counts))
 
 
-def losses_of(params: Params, cfg: LlamaConfig, db: Database, microbatch: int | None = None) -> Losses:
+def losses_of(
+    params: Params,
+    cfg: LlamaConfig,
+    db: Database,
+    *,
+    at_once: int = 1,
+    microbatch: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Losses:
     """A function of candidates and int32[b, t] tokens: the mean loss of each in nats a token, from one compiled program.
 
     Args:
       params, cfg: the dense model.
       db: what candidates choose from.
-      microbatch: sequences that go through a layer at a time; it divides b. None is all of them.
+      at_once, microbatch, devices: as in `fitness.gate_fitness`.
     """
     loss = loss_fn(cfg, remat=False, microbatch=microbatch)
 
-    @jax.jit
-    def one(params, weights, levels, tokens):
+    def one(constants, levels):
+        params, weights, tokens = constants
         return loss(chosen(params, db._replace(weights=weights), cfg, levels), {}, tokens).mean()
 
-    def losses(candidates: Sequence[Levels], tokens: Any) -> np.ndarray:
-        found = [float(one(params, db.weights, as_arrays(c), tokens)) for c in candidates]
-        return np.round(np.array(found, np.float64), DIGITS)
-
-    return losses
+    measure = over_devices(one, at_once, devices)
+    return lambda candidates, tokens: measure((params, db.weights, tokens), list(map(as_arrays, candidates)))

@@ -53,29 +53,49 @@ def gate_fitness(
     >>> loss_of(keep).shape
     (2,)
     """
+    loss = loss_fn(cfg, remat=False, microbatch=microbatch)
+
+    def one(constants, gates):
+        params, tokens = constants
+        return loss(params, {"gates": gates}, tokens).mean()
+
+    measure = over_devices(one, at_once, devices)
+    return lambda plans: measure((params, tokens), [surgery.gates_of(plan, cfg)["gates"] for plan in plans])
+
+
+def over_devices(
+    one: Callable[[Any, Any], jax.Array], at_once: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Callable[[Any, Sequence[Any]], np.ndarray]:
+    """A function of many candidates, a few of them on each device, from one compiled program.
+
+    Args:
+      one: (constants, candidate) -> loss.
+      at_once, devices: as in `gate_fitness`.
+
+    Returns:
+      (constants, candidates) -> float64[candidates], rounded; `inf` where a loss is not a number.
+
+    Raises:
+      ValueError: `at_once` is less than 1.
+    """
     if at_once < 1:
         raise ValueError(f"at_once: {at_once} given; it must be at least 1")
     devices = jax.local_devices() if devices is None else devices
     mesh = jax.make_mesh((len(devices),), ("c",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-    loss = loss_fn(cfg, remat=False, microbatch=microbatch)
-
-    def one(params, tokens, gates):
-        return loss(params, {"gates": gates}, tokens).mean()
-
-    @jax.jit
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(), P("c")), out_specs=P("c"), check_vma=False)
-    def many(params, tokens, gates):
-        return jax.lax.map(functools.partial(one, params, tokens), gates, batch_size=at_once if at_once > 1 else None)
-
     chunk = len(devices) * at_once
 
-    def fitness(plans: Sequence[Plan]) -> np.ndarray:
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("c")), out_specs=P("c"), check_vma=False)
+    def many(constants, candidates):
+        return jax.lax.map(functools.partial(one, constants), candidates, batch_size=at_once if at_once > 1 else None)
+
+    def measure(constants: Any, candidates: Sequence[Any]) -> np.ndarray:
         found: list[float] = []
-        for start in range(0, len(plans), chunk):
-            part = list(plans[start : start + chunk])
-            gates = [surgery.gates_of(plan, cfg)["gates"] for plan in (*part, *part[:1] * (chunk - len(part)))]
-            found += many(params, tokens, jax.tree.map(lambda *x: jnp.stack(x), *gates)).tolist()[: len(part)]
+        for start in range(0, len(candidates), chunk):
+            part = list(candidates[start : start + chunk])
+            full = [*part, *part[:1] * (chunk - len(part))]
+            found += many(constants, jax.tree.map(lambda *x: jnp.stack(x), *full)).tolist()[: len(part)]
         losses = np.round(np.array(found, np.float64), DIGITS)
         return np.where(np.isfinite(losses), losses, np.inf)
 
-    return fitness
+    return measure

@@ -217,6 +217,14 @@ def test_an_interrupted_search_finds_the_same(tmp_path, at):
         evolved(checkpoint=tmp_path / "state.json", settings={"ratio": 0.4})
 
 
+def test_devices_change_no_decision():
+    """The same search on 1 and on 8: candidates are spread over them, never tokens."""
+    schedule = evolution.Evolution(population=10, generations=2, keep=2, mutations=6, crossovers=2, fresh=0)
+    one, eight = (evolved(schedule, fitness=gate_fitness(PARAMS, CFG, TOKENS, devices=jax.devices()[:n]))[0] for n in (1, 8))
+    assert [(x, p.digest) for x, p in one.best] == [(x, p.digest) for x, p in eight.best]
+    assert [p.loss for p in one.points] == [p.loss for p in eight.points]
+
+
 @pytest.mark.parametrize(
     "given",
     [dict(population=0), dict(generations=-1), dict(keep=0), dict(mutations=-1), dict(ratio_rate=-0.5), dict(overlap=1.5)],
