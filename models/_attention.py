@@ -32,6 +32,8 @@ def attend(
     static = isinstance(start, int)
     size = -(-t // (BLOCKS * MULTIPLE)) * MULTIPLE
     q, k, v = q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # b k g t h, b k s h
+    if not static:  # decoding: without the barrier XLA fuses the transposition into a slow product where there is one group
+        k, v = jax.lax.optimization_barrier((k, v))
     out = []
     for first in range(0, t, size):
         last = min(first + size, t)

@@ -14,7 +14,7 @@ from jaxprune.models import LlamaConfig, Params, loss_fn
 from jaxprune.plan import Plan
 
 Fitness: TypeAlias = Callable[[Sequence[Plan]], np.ndarray]  # plans -> float64[plans], nats a token, lower is better
-DIGITS = 6  # losses are rounded to so many, so that the order of additions on other devices does not decide a search
+DIGITS = 5  # losses are rounded to so many, so that the order of additions on other devices does not decide a search
 
 
 def gate_fitness(
