@@ -1,0 +1,233 @@
+"""The strategies of `jaxprune search`: what they score, what candidates they make, what they compare with."""
+
+import dataclasses
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import numpy as np
+
+from jaxprune import _narrow, allocate, budgets, folder, methods, models, pipeline, scorers, surgery
+from jaxprune._files import atomic_bytes
+from jaxprune._progress import progress, table
+from jaxprune.commands._common import flag, say
+from jaxprune.models import LlamaConfig, PerLayer
+from jaxprune.plan import Plan, select
+from jaxprune.search import _loop, database, evolution, importance, points, refine, sizes
+from jaxprune.search.fitness import Fitness, gate_fitness
+from jaxprune.search.points import Point
+from jaxprune.search.sizes import Window
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How much is measured, on what."""
+
+    fitness: Annotated[str | None, flag("SRC", "other windows of the calibration text")] = None
+    """Text that candidates are measured on; keep it apart from what you evaluate on."""
+    fitness_samples: Annotated[int, flag("N")] = 32
+    """Sequences of that text; the second half decides at the end whether the search or its baseline is taken."""
+    generations: Annotated[int | None, flag("N", "the strategy's own")] = None
+    """Of auto and evolution."""
+    preset: Literal["small", "paper"] = "small"
+    """Population and generations of evolution."""
+    literal: bool = False
+    """Evolution mutates masks as its paper prints it, which does nothing where less than 80 %% is kept."""
+    equal_widths: bool = False
+    """Evolution leaves all layers equally wide and searches masks alone."""
+    trials: Annotated[int, flag("N")] = 50
+    """Of adapruner."""
+    at_once: Annotated[int, flag("N")] = 1
+    """Candidates that a device evaluates together."""
+
+
+class Task(NamedTuple):
+    """What a strategy gets.
+
+    Attributes:
+      model: the dense model.
+      settings: of the method that it starts from.
+      constraints, window: what it may return.
+      tokens, fitness, held_out: int32[n, t] to score, to search and to decide on.
+      goal: a target, or None.
+      effort: how much to measure.
+      out: the folder of the search.
+      record: what a checkpoint has to agree with.
+    """
+
+    model: folder.Model
+    settings: pipeline.Settings
+    constraints: allocate.Constraints
+    window: Window
+    tokens: np.ndarray
+    fitness: np.ndarray
+    held_out: np.ndarray
+    goal: budgets.Target | None
+    effort: Effort
+    out: Path
+    record: dict[str, Any]
+
+    @property
+    def cfg(self) -> LlamaConfig:
+        """Of the dense model."""
+        return self.model.cfg
+
+
+class Outcome(NamedTuple):
+    """Two plans, their losses on text that the search has not seen, and all points."""
+
+    baseline: Plan
+    best: Plan
+    held_out: tuple[float, float]
+    points: list[Point]
+
+
+def search_auto(task: Task) -> Outcome:
+    params, cfg, window = task.model.params, task.cfg, task.window
+    scores = _once(task, "scores.npz", lambda: _scores(task, methods.find(methods.DEFAULT).scorer))
+    recipe = _narrow.widths(_recipe(task, scores), cfg)
+    db = database.build(params, cfg, scores, _batches(task.tokens), task.constraints, progress=progress)
+    measure = database.losses_of(params, cfg, db, at_once=task.effort.at_once, microbatch=pipeline.divisor(task.fitness.shape))
+    schedule = refine.Refinement()
+    if task.effort.generations is not None:
+        schedule = dataclasses.replace(schedule, generations=task.effort.generations)
+    problem = refine.problem(cfg, db, measure, task.fitness, scores, window, task.constraints, schedule, recipe)
+    found = _loop.evolve(
+        problem, generations=schedule.generations, keep=schedule.keep, seed=task.settings.seed, settings=task.record,
+        checkpoint=task.out / "search.json", on_generation=_shown(window.unit, schedule.generations),
+    )  # fmt: skip
+    others = refine.at_other_sizes(cfg, db, measure, task.fitness, scores, window, task.constraints, recipe)
+    start, best = refine.start(cfg, db, window, recipe), found.best[0][1]
+    held = measure([start, best], task.held_out)
+    plans = [_exact(task, problem.plan(levels), scores) for levels in (start, best)]
+    return Outcome(plans[0], plans[1], (float(held[0]), float(held[1])), others + found.points)
+
+
+def _exact(task: Task, plan: Plan, scores: PerLayer) -> Plan:
+    """The plan with single multiples of channels less, or more, so that it has the asked size as nearly as they allow."""
+    rng = np.random.default_rng(task.settings.seed)
+    for window in (sizes.tight(task.cfg, task.window, task.constraints.multiple_of), task.window):
+        found = sizes.fit(plan, task.cfg, window, task.constraints, rng, scores)
+        if found is not None:
+            return found
+    return plan
+
+
+def search_adapruner(task: Task) -> Outcome:
+    from jaxprune.search.adapruner import adapruner
+
+    shape = _recipe(task, ())
+    kept = _narrow.widths(shape, task.cfg)
+    found = adapruner(
+        task.model.params, task.cfg, task.tokens, _fitness(task, task.fitness), lambda scores: select(scores, kept),
+        study=task.out / "study.db", trials=task.effort.trials, seed=task.settings.seed, settings=task.record,
+        microbatch=None, cost=lambda plan: sizes.cost_of(plan, task.cfg, task.window), on_trial=_told(task.window.unit),
+    )  # fmt: skip
+    baseline, best = found[0], min(found, key=lambda p: p.loss)
+    assert baseline.plan is not None and best.plan is not None, "every trial keeps its plan"
+    return Outcome(baseline.plan, best.plan, _pair(task, baseline.plan, best.plan), found)
+
+
+def search_evolution(task: Task) -> Outcome:
+    cfg = task.cfg
+    scores = _once(
+        task, "scores.npz", lambda: _scores(task, lambda cfg, options: importance.obs_importance(cfg, task.model.params))
+    )
+    start = select(scores, _narrow.widths(_recipe(task, scores), cfg))
+    schedule = evolution.SMALL if task.effort.preset == "small" else evolution.Evolution()
+    changed: dict[str, Any] = dict(literal=task.effort.literal)
+    if task.effort.generations is not None:
+        changed["generations"] = task.effort.generations
+    window = task.window
+    if task.effort.equal_widths:
+        changed |= dict(ratio_rate=0.0, first_ratio_rate=0.0, depth_rate=0.0)
+        size = sizes.cost_of(start, cfg, window)
+        window = window._replace(low=size, high=size)
+    schedule = dataclasses.replace(schedule, **changed)
+    limits = evolution.space(1 - _recipe(task, scores).decoder_parameters / cfg.decoder_parameters)
+    problem = evolution.problem(cfg, start, _fitness(task, task.fitness), window, task.constraints, schedule, limits)
+    found = _loop.evolve(
+        problem, generations=schedule.generations, keep=schedule.keep, seed=task.settings.seed, settings=task.record,
+        checkpoint=task.out / "search.json", on_generation=_shown(window.unit, schedule.generations),
+    )  # fmt: skip
+    return Outcome(start, found.best[0][1], _pair(task, start, found.best[0][1]), found.points)
+
+
+def _recipe(task: Task, scores: PerLayer) -> LlamaConfig:
+    """The shape that the strategy's method would give."""
+    if task.goal is not None:
+        predicted = task.goal._replace(measure=None)
+        return budgets.meet(_narrow.at_ratio(scores, task.cfg, task.settings), predicted, task.cfg).cfg
+    budget = round(task.cfg.decoder_parameters * task.settings.ratio)
+    return _narrow.shape(scores, task.cfg, budget, task.settings, task.cfg)
+
+
+def _scores(task: Task, make: Any) -> PerLayer:
+    batches = _batches(task.tokens)
+    options = methods.Options(seed=task.settings.seed, microbatch=len(batches[0]))
+    scorer = make(task.cfg, options)
+    return scorers.score(scorer, task.model.params, models.probes(task.cfg), progress(batches, "scoring"))
+
+
+def _once(task: Task, name: str, make: Callable[[], PerLayer]) -> PerLayer:
+    """Scores of a file in the folder, or made and written there."""
+    path = task.out / name
+    if not path.is_file():
+        file = io.BytesIO()
+        np.savez(
+            file, allow_pickle=False, **{f"{i}.{a}": np.asarray(x) for i, layer in enumerate(make()) for a, x in layer.items()}
+        )
+        atomic_bytes(path, file.getvalue())
+    with np.load(path) as stored:
+        return tuple({a: stored[f"{i}.{a}"] for a in "kf" if f"{i}.{a}" in stored} for i in range(len(task.cfg.layers)))
+
+
+def _batches(tokens: np.ndarray) -> list[np.ndarray]:
+    size = pipeline.divisor(tokens.shape)
+    return [tokens[i : i + size] for i in range(0, len(tokens), size)]
+
+
+def _fitness(task: Task, tokens: np.ndarray) -> Fitness:
+    microbatch = pipeline.divisor(tokens.shape)
+    return gate_fitness(task.model.params, task.cfg, tokens, at_once=task.effort.at_once, microbatch=microbatch)
+
+
+def _pair(task: Task, *plans: Plan) -> tuple[float, float]:
+    first, second = _fitness(task, task.held_out)(plans).tolist()
+    return first, second
+
+
+def dense_loss(task: Task) -> float:
+    return float(_fitness(task, task.fitness)([pipeline.identity(task.cfg, task.settings)])[0])
+
+
+def shape(plan: Plan, task: Task) -> LlamaConfig:
+    return surgery.pruned_config(task.cfg, plan)
+
+
+def _shown(unit: str, generations: int) -> Callable[[int, _loop.Found], None]:
+    """Says after each generation where the search stands, with the front."""
+
+    def show(generation: int, found: _loop.Found) -> None:
+        say(f"generation {generation} of {generations}: best loss {found.best[0][0]:.4f}, {len(found.points)} candidates")
+        say(table(points.rows(points.front(found.points), unit)))
+
+    return show
+
+
+def _told(unit: str) -> Callable[[int, Point], None]:
+    every: list[Point] = []
+
+    def tell(number: int, point: Point) -> None:
+        every.append(point)
+        say(f"{point.origin}: loss {point.loss:.4f}")
+        if len(every) % 10 == 0:
+            say(table(points.rows(points.front(every), unit)))
+
+    return tell
+
+
+STRATEGIES: dict[str, Callable[[Task], Outcome]] = dict(
+    auto=search_auto, adapruner=search_adapruner, evolution=search_evolution
+)
