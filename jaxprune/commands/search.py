@@ -46,7 +46,7 @@ class Search:
 
     model: ModelName
     out: Annotated[Path, flag("DIR")]
-    """Folder for plan.json, pareto.json, pareto.png and what the search needs to go on."""
+    """Folder for plan.json, baseline.json, pareto.json, pareto.png and what the search needs to go on."""
     strategy: Literal["auto", "adapruner", "evolution"] = "auto"
     """How candidates are made."""
     ratio: Annotated[float | None, flag("R", "0.2, unless a target is given")] = None
@@ -108,7 +108,8 @@ def run(args: Search) -> dict[str, Any]:
         dense = Point(dense_loss(task), task.window.cost(task.cfg), None, "dense")
         details = dict(strategy=args.strategy, settings=given, calibration=args.calibration.calibration)
         points.write(args.out, [dense, *found.points], unit, details)
-        atomic_text(args.out / "plan.json", chosen.to_json() + "\n")
+        for name, plan in (("plan", chosen), ("baseline", found.baseline)):
+            atomic_text(args.out / f"{name}.json", plan.to_json() + "\n")
         result = {
             "loss, dense": dense.loss,
             "held-out loss, baseline": found.held_out[0],

@@ -78,6 +78,8 @@ def write(folder: Path, points: Sequence[Point], unit: str, details: dict[str, A
 
 def pareto_figure(points: Sequence[Point], unit: str) -> "matplotlib.figure.Figure":
     """Loss against size: every candidate a point, the front a line, the dense model marked."""
+    from matplotlib.ticker import EngFormatter
+
     figure, (ax,) = _plot.grid(1, 1, width=7.0, height=4.2)
     found, on_front = [p for p in points if p.origin != "dense"], front(points)
     ax.plot(
@@ -88,6 +90,7 @@ def pareto_figure(points: Sequence[Point], unit: str) -> "matplotlib.figure.Figu
     for p in points:
         if p.origin == "dense":
             ax.plot([p.cost], [p.loss], "*", markersize=12, color=_plot.DARK, label="dense")
+    ax.xaxis.set_major_formatter(EngFormatter())
     _plot.label(ax, "candidates of the search", unit, "loss on the fitness text, nats a token")
     _plot.legend(ax, opaque=True)
     return figure
