@@ -115,7 +115,7 @@ $(VENV)/.made:
 	touch $@
 
 $(VENV)/.env: $(VENV)/.made pyproject.toml constraints.txt
-	$(INSTALL) -e .
+	$(INSTALL) -e '.[search]'
 	touch $@
 
 $(VENV)/.test: $(VENV)/.env
