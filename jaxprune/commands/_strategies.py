@@ -33,7 +33,7 @@ class Effort:
     preset: Literal["small", "paper"] = "small"
     """Population and generations of evolution."""
     literal: bool = False
-    """Evolution mutates masks as its paper prints it, which does nothing where less than 80 %% is kept."""
+    """Evolution mutates masks as its paper prints it, which does nothing where less than 80 % is kept."""
     equal_widths: bool = False
     """Evolution leaves all layers equally wide and searches masks alone."""
     trials: Annotated[int, flag("N")] = 50

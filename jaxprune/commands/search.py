@@ -132,12 +132,14 @@ def _task(args: Search, settings: pipeline.Settings, model: folder.Model, goal: 
     method = methods.find("taylor" if args.strategy == "adapruner" else methods.DEFAULT)
     samples = args.calibration.samples or (64 if args.strategy == "adapruner" else method.samples)
     length, n = args.calibration.length or method.length, args.effort.fitness_samples
-    if args.effort.fitness is None:
-        tokens = draw(args.calibration, model, samples + n, length, False).tokens  # windows of one draw do not overlap
-        tokens, other = tokens[:samples], tokens[samples:]
-    else:
-        tokens = draw(args.calibration, model, samples, length, False).tokens
-        other = draw(dataclasses.replace(args.calibration, calibration=args.effort.fitness), model, n, length, False).tokens
+    source = args.effort.fitness
+    own = source is None  # then both come from one draw, whose windows do not overlap
+    found = draw(args.calibration, model, samples + n * own, length, False)
+    if args.calibration.calibration_sha256 is not None:
+        data.check_sha256(args.calibration.calibration_sha256, found.sha256, args.calibration.calibration)
+    tokens, other = found.tokens[:samples], found.tokens[samples:]
+    if source is not None:
+        other = draw(dataclasses.replace(args.calibration, calibration=source), model, n, length, False).tokens
     if goal is None:
         check(model.cfg, round(model.cfg.decoder_parameters * settings.ratio), settings.constraints(model.cfg))
         window = sizes.of_ratio(model.cfg, settings.ratio, settings.multiple_of)
