@@ -1,6 +1,7 @@
 """Which sizes a search may return, and how a candidate of another size is brought there."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -104,19 +105,15 @@ def fit(
         if not layers or "f" not in constraints.units:
             return None
         i = int(rng.choice(layers))
-        kept, n = plan.keep[i]["f"], plan.sizes[i]["f"]
-        if not len(kept):
+        width, n, narrower = len(plan.keep[i]["f"]), plan.sizes[i]["f"], now > window.high
+        room = (width - constraints.fewest("f", n, i) if narrower else n - width) // step
+        if not width or room < 1:
             continue
-        narrower = now > window.high
-        other = len(kept) - step if narrower else len(kept) + step
-        if not constraints.fewest("f", n, i) <= other <= n:
-            continue
-        price = abs(now - cost_of(_resized(plan, i, other, rng, scores), cfg, window))
-        missing = (now - window.high if narrower else window.low - now) / max(price, 1e-12)
-        moves = min(max(1, int(rng.integers(1, max(2, int(np.ceil(missing)) + 1)))), n // step)
-        room = (len(kept) - constraints.fewest("f", n, i) if narrower else n - len(kept)) // step
-        moves = min(moves, room)
-        plan = _resized(plan, i, len(kept) + (-moves if narrower else moves) * step, rng, scores)
+        by = -step if narrower else step
+        price = abs(now - cost_of(_resized(plan, i, width + by, rng, scores), cfg, window))
+        missing = now - window.high if narrower else window.low - now
+        moves = math.ceil(missing / price) if price > 0 else 1
+        plan = _resized(plan, i, width + by * min(int(rng.integers(1, moves + 1)), room), rng, scores)
     return None
 
 
