@@ -52,7 +52,8 @@ def slice_gpt(
 
     Returns:
       Params of width `width`, in the dtypes of `params`, and their configuration: `shortcuts`, and `norm_width`, the width that
-      RMSNorm still divides by. Products are float32 at the highest precision, or float64 for float64 params.
+      RMSNorm still divides by. Products are float32 at the highest precision, or float64 for float64 params; the
+      released code sums second moments in float64.
 
     Raises:
       ValueError: `width` is out of range, no batches, or statistics that are not finite.
