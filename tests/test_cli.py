@@ -11,7 +11,8 @@ from jaxprune import cli
 FLAGS = dict(
     run="MODEL --out --ratio --method --calibration --data --text --prompt --json",
     prune="MODEL --out --method --ratio --calibration --samples --length --seed --taylor --aggregate --ranking --units "
-    "--layers --protect-first --protect-last --steps --multiple-of --max-distinct --target-params --target-memory --dtype --overwrite --json",
+    "--layers --protect-first --protect-last --steps --multiple-of --max-distinct --target-params --target-memory --dtype "
+    "--overwrite --json",
     recover="MODEL --data --out --rank --alpha --steps --batch-size --length --learning-rate --resume --json",
     evaluate="MODEL --text --window --max-tokens --choice --limit --json",
     search="MODEL --out --strategy --ratio --target-params --target-memory --target-flops --target-latency --target-throughput "
