@@ -36,11 +36,11 @@ def shape(curves: PerLayer, cfg: LlamaConfig, budget: int, settings: Settings, d
         return dataclasses.replace(cfg, d=min(max(kept, step), cfg.d))
     if settings.units in (("layers",), ("sublayers",)):
         rule = allocate.whole_layers if settings.units == ("layers",) else allocate.sublayers
-        return _with(cfg, rule(curves, cfg, budget, constraints))
+        return with_widths(cfg, rule(curves, cfg, budget, constraints))
     widths = methods.RANKINGS[settings.allocation](curves, cfg, budget, constraints)
     if settings.max_distinct is not None:
         widths = _shapes.merge(widths, cfg, budget, constraints, settings.max_distinct)
-    return _with(cfg, widths)
+    return with_widths(cfg, widths)
 
 
 def at_ratio(curves: PerLayer, cfg: LlamaConfig, settings: Settings) -> Callable[[float], LlamaConfig]:
@@ -70,7 +70,7 @@ def smallest(cfg: LlamaConfig, settings: Settings) -> LlamaConfig | None:
     full = full_widths(cfg)
     for i in constraints.chosen(cfg):
         full[i] |= {a: constraints.fewest(a, n, i) for a, n in full[i].items() if a in constraints.units}
-    return _with(cfg, tuple(full))
+    return with_widths(cfg, tuple(full))
 
 
 def narrower(cfg: LlamaConfig, settings: Settings) -> Callable[[int], LlamaConfig] | None:
@@ -97,7 +97,9 @@ def plan(scores: PerLayer, small: LlamaConfig, cfg: LlamaConfig, settings: Setti
     return select(scores, kept)
 
 
-def _with(cfg: LlamaConfig, kept: Widths) -> LlamaConfig:
+def with_widths(cfg: LlamaConfig, kept: Widths) -> LlamaConfig:
+    """The model whose layers keep so many units."""
+
     def narrow(dims: LayerDims, layer: dict[str, int]) -> LayerDims:
         kv = layer.get("k", dims.kv_heads)
         return LayerDims(kv, dims.q_per_kv if kv else 0, layer.get("f", dims.ff))

@@ -145,7 +145,7 @@ def _sliced(
 ) -> Pruned:
     """Every matrix changes and there is no plan of units: what is returned keeps all units of the rotated model."""
     shape, met = Aim(cfg, settings, 0, goal, say).shape((), cfg)
-    small, now = recovery.slice_gpt(params, cfg, _batches(tokens), shape.d, progress=progress)
+    small, now = recovery.slice_gpt(params, cfg, batches(tokens), shape.d, progress=progress)
     updates = ({"by": "rotation to principal components", "arrays": sorted(now.layer_arrays(now.layers[0]))},)
     notes = _notes(cfg, now, settings) if goal is None or met is None else budgets.notes(goal, met)
     return Pruned(small, now, identity(now, settings), (), notes, updates, met)
@@ -171,9 +171,9 @@ def by_plan(
     if target is not None:
         if tokens is None:
             raise ValueError(f"reconstruct: {target} given, which reads calibration tokens; give some, or set it to none")
-        batches = _batches(np.asarray(tokens))
+        parts = batches(np.asarray(tokens))
         plan.check(cfg)
-        fitted, fitted_cfg = recovery.reconstruct(params, cfg, plan.keep, batches, target=target, progress=progress)
+        fitted, fitted_cfg = recovery.reconstruct(params, cfg, plan.keep, parts, target=target, progress=progress)
         arrays = ["o_bias", "down_bias"] if target == "bias" else ["o", "down"]
         updates = ({"by": f"reconstruction, {target}", "arrays": arrays},)
     return Pruned(*surgery.cut(fitted, fitted_cfg, plan), plan, (), (), updates)
@@ -186,7 +186,7 @@ def identity(cfg: LlamaConfig, settings: Settings) -> Plan:
     return Plan(tuple({a: np.arange(n) for a, n in layer.items()} for layer in counts), counts)
 
 
-def _batches(tokens: np.ndarray) -> list[np.ndarray]:
+def batches(tokens: np.ndarray) -> list[np.ndarray]:
     """Few batches of equal size, of about `MICROBATCH_TOKENS` tokens."""
     size = divisor(tokens.shape)
     return [tokens[i : i + size] for i in range(0, len(tokens), size)]
@@ -217,10 +217,10 @@ def _scored(
         make = functools.partial(_scorer, settings.method, options=options)
         shape, met = aim.shape((), cfg)
         kept = _narrow.widths(shape, cfg)
-        return sequential.score(make, params, cfg, _batches(tokens), kept, progress=progress), shape, met
+        return sequential.score(make, params, cfg, batches(tokens), kept, progress=progress), shape, met
     scorer = _scorer(settings.method, cfg, options)
-    batches = [] if tokens is None else _batches(tokens) if scorer.additive else [tokens]
-    wrapped = batches if progress is None or len(batches) < 2 else progress(batches, "scoring")
+    parts = [] if tokens is None else batches(tokens) if scorer.additive else [tokens]
+    wrapped = parts if progress is None or len(parts) < 2 else progress(parts, "scoring")
     scores = curves = scorers.score(scorer, params, probes(cfg, units), wrapped)
     if settings.allocation == "sensitivity" and set(settings.units) <= {"kv", "mlp"}:
         curves = sensitivity.curves(params, cfg, scores, _few(tokens), progress=progress)

@@ -69,7 +69,7 @@ def calibration_tokens(
     own = by_method and flags.calibration != "self" and flags.samples is None and flags.length is None
     method = methods.find(settings.method)
     samples = fit.fit_samples or (method.fit_samples if own else 0)
-    length = fit.fit_length or _up_to_a_row(flags.calibration, method.fit_length if own else 0)
+    length = fit.fit_length or up_to_a_row(flags.calibration, method.fit_length if own else 0)
     if not (samples or length):
         return calibration, calibration.tokens
     default = calibration.tokens.shape
@@ -82,7 +82,7 @@ def _for_scores(
 ) -> data.Calibration:
     method = methods.find(settings.method)
     samples = (method.samples if flags.samples is None else flags.samples) * settings.steps
-    length = _up_to_a_row(flags.calibration, method.length) if flags.length is None else flags.length
+    length = up_to_a_row(flags.calibration, method.length) if flags.length is None else flags.length
     if flags.candidates < 1:
         raise ValueError(f"candidates: {flags.candidates} given; ask for at least 1")
     found = draw(flags, model, samples, length, flags.samples is None and settings.steps == 1)
@@ -93,7 +93,7 @@ def _for_scores(
     return found
 
 
-def _up_to_a_row(source: str, length: int) -> int:
+def up_to_a_row(source: str, length: int) -> int:
     """A method's own length, or the tokens in a row of a file of token ids if those are fewer."""
     return min(length, data.read_token_file(source).shape[1]) if data.is_token_file(source) else length
 

@@ -1,21 +1,21 @@
 """The strategies of `jaxprune search`: what they score, what candidates they make, what they compare with."""
 
 import dataclasses
-import io
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxprune import _narrow, allocate, budgets, folder, methods, models, pipeline, scorers, surgery
-from jaxprune._files import atomic_bytes
+from jaxprune import _narrow, allocate, budgets, folder, methods, models, pipeline, scorers
 from jaxprune._progress import progress, table
+from jaxprune._scores_file import read_scores, write_scores
 from jaxprune.commands._common import flag, say
 from jaxprune.models import LlamaConfig, PerLayer
 from jaxprune.plan import Plan, select
 from jaxprune.search import _loop, database, evolution, importance, points, refine, sizes
-from jaxprune.search.fitness import Fitness, gate_fitness
+from jaxprune.search.fitness import gate_losses
 from jaxprune.search.points import Point
 from jaxprune.search.sizes import Window
 
@@ -73,10 +73,24 @@ class Task(NamedTuple):
         """Of the dense model."""
         return self.model.cfg
 
+    @property
+    def microbatch(self) -> int:
+        """Sequences that go through a layer at a time: it divides those of either text."""
+        both = math.gcd(len(self.fitness), len(self.held_out))
+        return pipeline.divisor((both, self.fitness.shape[1]))
+
 
 class Outcome(NamedTuple):
-    """Two plans, their losses on text that the search has not seen, and all points."""
+    """What a strategy found.
 
+    Attributes:
+      dense: loss of the dense model on the text of the search.
+      baseline, best: plans.
+      held_out: their losses on text that the search has not seen.
+      points: all candidates.
+    """
+
+    dense: float
     baseline: Plan
     best: Plan
     held_out: tuple[float, float]
@@ -85,23 +99,21 @@ class Outcome(NamedTuple):
 
 def search_auto(task: Task) -> Outcome:
     params, cfg, window = task.model.params, task.cfg, task.window
-    scores = _once(task, "scores.npz", lambda: _scores(task, methods.find(methods.DEFAULT).scorer))
+    scores = _scores(task, methods.find(methods.DEFAULT).scorer)
     recipe = _narrow.widths(_recipe(task, scores), cfg)
-    db = database.build(params, cfg, scores, _batches(task.tokens), task.constraints, progress=progress)
-    measure = database.losses_of(params, cfg, db, at_once=task.effort.at_once, microbatch=pipeline.divisor(task.fitness.shape))
+    db = database.build(params, cfg, scores, pipeline.batches(task.tokens), task.constraints, progress=progress)
+    measure = database.losses_of(params, cfg, db, at_once=task.effort.at_once, microbatch=task.microbatch)
     schedule = refine.Refinement()
     if task.effort.generations is not None:
         schedule = dataclasses.replace(schedule, generations=task.effort.generations)
     problem = refine.problem(cfg, db, measure, task.fitness, scores, window, task.constraints, schedule, recipe)
-    found = _loop.evolve(
-        problem, generations=schedule.generations, keep=schedule.keep, seed=task.settings.seed, settings=task.record,
-        checkpoint=task.out / "search.json", on_generation=_shown(window.unit, schedule.generations),
-    )  # fmt: skip
+    found = _evolved(task, problem, schedule)
     others = refine.at_other_sizes(cfg, db, measure, task.fitness, scores, window, task.constraints, recipe)
     start, best = refine.start(cfg, db, window, recipe), found.best[0][1]
-    held = measure([start, best], task.held_out)
-    plans = [_exact(task, problem.plan(levels), scores) for levels in (start, best)]
-    return Outcome(plans[0], plans[1], (float(held[0]), float(held[1])), others + found.points)
+    whole = tuple({a: 0 for a in layer} for layer in db.counts)
+    dense, (first, second) = measure([whole], task.fitness)[0], measure([start, best], task.held_out)
+    baseline, chosen = (_exact(task, problem.plan(levels), scores) for levels in (start, best))
+    return Outcome(float(dense), baseline, chosen, (float(first), float(second)), others + found.points)
 
 
 def _exact(task: Task, plan: Plan, scores: PerLayer) -> Plan:
@@ -117,41 +129,65 @@ def _exact(task: Task, plan: Plan, scores: PerLayer) -> Plan:
 def search_adapruner(task: Task) -> Outcome:
     from jaxprune.search.adapruner import adapruner
 
-    shape = _recipe(task, ())
-    kept = _narrow.widths(shape, task.cfg)
+    kept, losses = _narrow.widths(_recipe(task, ()), task.cfg), _gate_losses(task)
+
+    def fitness(plans: Sequence[Plan]) -> np.ndarray:
+        return losses(plans, task.fitness)
+
     found = adapruner(
-        task.model.params, task.cfg, task.tokens, _fitness(task, task.fitness), lambda scores: select(scores, kept),
+        task.model.params, task.cfg, task.tokens, fitness, lambda scores: select(scores, kept),
         study=task.out / "study.db", trials=task.effort.trials, seed=task.settings.seed, settings=task.record,
         microbatch=None, cost=lambda plan: sizes.cost_of(plan, task.cfg, task.window), on_trial=_told(task.window.unit),
     )  # fmt: skip
     baseline, best = found[0], min(found, key=lambda p: p.loss)
     assert baseline.plan is not None and best.plan is not None, "every trial keeps its plan"
-    return Outcome(baseline.plan, best.plan, _pair(task, baseline.plan, best.plan), found)
+    return _compared(task, losses, baseline.plan, best.plan, found)
 
 
 def search_evolution(task: Task) -> Outcome:
-    cfg = task.cfg
-    scores = _once(
-        task, "scores.npz", lambda: _scores(task, lambda cfg, options: importance.obs_importance(cfg, task.model.params))
-    )
-    start = select(scores, _narrow.widths(_recipe(task, scores), cfg))
+    cfg, window, losses = task.cfg, task.window, _gate_losses(task)
+    scores = _scores(task, lambda cfg, options: importance.obs_importance(cfg, task.model.params))
+    recipe = _recipe(task, scores)
+    start = select(scores, _narrow.widths(recipe, cfg))
     schedule = evolution.SMALL if task.effort.preset == "small" else evolution.Evolution()
     changed: dict[str, Any] = dict(literal=task.effort.literal)
     if task.effort.generations is not None:
         changed["generations"] = task.effort.generations
-    window = task.window
     if task.effort.equal_widths:
         changed |= dict(ratio_rate=0.0, first_ratio_rate=0.0, depth_rate=0.0)
         size = sizes.cost_of(start, cfg, window)
         window = window._replace(low=size, high=size)
     schedule = dataclasses.replace(schedule, **changed)
-    limits = evolution.space(1 - _recipe(task, scores).decoder_parameters / cfg.decoder_parameters)
-    problem = evolution.problem(cfg, start, _fitness(task, task.fitness), window, task.constraints, schedule, limits)
-    found = _loop.evolve(
+    limits = evolution.space(1 - recipe.decoder_parameters / cfg.decoder_parameters)
+    problem = evolution.problem(
+        cfg, start, lambda plans: losses(plans, task.fitness), window, task.constraints, schedule, limits
+    )
+    found = _evolved(task, problem, schedule)
+    return _compared(task, losses, start, found.best[0][1], found.points)
+
+
+def _evolved(task: Task, problem: _loop.Problem, schedule: evolution.Evolution | refine.Refinement) -> _loop.Found:
+    """Runs the loop, or goes on with it, and shows the front after each generation."""
+
+    def show(generation: int, found: _loop.Found) -> None:
+        best = f"best loss {found.best[0][0]:.4f}, {len(found.points)} candidates"
+        say(f"generation {generation} of {schedule.generations}: {best}")
+        say(table(points.rows(points.front(found.points), task.window.unit)))
+
+    return _loop.evolve(
         problem, generations=schedule.generations, keep=schedule.keep, seed=task.settings.seed, settings=task.record,
-        checkpoint=task.out / "search.json", on_generation=_shown(window.unit, schedule.generations),
+        checkpoint=task.out / "search.json", on_generation=show,
     )  # fmt: skip
-    return Outcome(start, found.best[0][1], _pair(task, start, found.best[0][1]), found.points)
+
+
+def _gate_losses(task: Task) -> Callable[[Sequence[Plan], Any], np.ndarray]:
+    return gate_losses(task.model.params, task.cfg, at_once=task.effort.at_once, microbatch=task.microbatch)
+
+
+def _compared(task: Task, losses: Callable, baseline: Plan, best: Plan, found: list[Point]) -> Outcome:
+    dense = losses([pipeline.identity(task.cfg, task.settings)], task.fitness)[0]
+    first, second = losses([baseline, best], task.held_out)
+    return Outcome(float(dense), baseline, best, (float(first), float(second)), found)
 
 
 def _recipe(task: Task, scores: PerLayer) -> LlamaConfig:
@@ -164,56 +200,14 @@ def _recipe(task: Task, scores: PerLayer) -> LlamaConfig:
 
 
 def _scores(task: Task, make: Any) -> PerLayer:
-    batches = _batches(task.tokens)
-    options = methods.Options(seed=task.settings.seed, microbatch=len(batches[0]))
-    scorer = make(task.cfg, options)
-    return scorers.score(scorer, task.model.params, models.probes(task.cfg), progress(batches, "scoring"))
-
-
-def _once(task: Task, name: str, make: Callable[[], PerLayer]) -> PerLayer:
-    """Scores of a file in the folder, or made and written there."""
-    path = task.out / name
+    """Scores of the file in the folder, or made and written there."""
+    path = task.out / "scores.npz"
     if not path.is_file():
-        file = io.BytesIO()
-        np.savez(
-            file, allow_pickle=False, **{f"{i}.{a}": np.asarray(x) for i, layer in enumerate(make()) for a, x in layer.items()}
-        )
-        atomic_bytes(path, file.getvalue())
-    with np.load(path) as stored:
-        return tuple({a: stored[f"{i}.{a}"] for a in "kf" if f"{i}.{a}" in stored} for i in range(len(task.cfg.layers)))
-
-
-def _batches(tokens: np.ndarray) -> list[np.ndarray]:
-    size = pipeline.divisor(tokens.shape)
-    return [tokens[i : i + size] for i in range(0, len(tokens), size)]
-
-
-def _fitness(task: Task, tokens: np.ndarray) -> Fitness:
-    microbatch = pipeline.divisor(tokens.shape)
-    return gate_fitness(task.model.params, task.cfg, tokens, at_once=task.effort.at_once, microbatch=microbatch)
-
-
-def _pair(task: Task, *plans: Plan) -> tuple[float, float]:
-    first, second = _fitness(task, task.held_out)(plans).tolist()
-    return first, second
-
-
-def dense_loss(task: Task) -> float:
-    return float(_fitness(task, task.fitness)([pipeline.identity(task.cfg, task.settings)])[0])
-
-
-def shape(plan: Plan, task: Task) -> LlamaConfig:
-    return surgery.pruned_config(task.cfg, plan)
-
-
-def _shown(unit: str, generations: int) -> Callable[[int, _loop.Found], None]:
-    """Says after each generation where the search stands, with the front."""
-
-    def show(generation: int, found: _loop.Found) -> None:
-        say(f"generation {generation} of {generations}: best loss {found.best[0][0]:.4f}, {len(found.points)} candidates")
-        say(table(points.rows(points.front(found.points), unit)))
-
-    return show
+        batches = pipeline.batches(task.tokens)
+        scorer = make(task.cfg, methods.Options(seed=task.settings.seed, microbatch=len(batches[0])))
+        made = scorers.score(scorer, task.model.params, models.probes(task.cfg), progress(batches, "scoring"))
+        write_scores(path, made)
+    return read_scores(path, len(task.cfg.layers))
 
 
 def _told(unit: str) -> Callable[[int, Point], None]:

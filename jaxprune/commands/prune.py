@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune import data, folder, methods, models, pipeline, proof
 from jaxprune._files import atomic_folder
 from jaxprune._progress import progress
+from jaxprune._scores_file import write_scores
 from jaxprune.commands import _budget
 from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described
 from jaxprune.commands._common import ModelName, Output, flag, layer_range, peak_memory, say, stage
@@ -179,8 +180,7 @@ def run(args: Prune) -> dict[str, Any]:
         )
         with stage("saving", seconds):
             folder.save(out, folder.Model(pruned.params, pruned.cfg, model.tokenizer, str(args.out), record))
-            scores = {f"{i}.{a}": np.asarray(x) for i, layer in enumerate(pruned.scores) for a, x in layer.items()}
-            np.savez(out / "scores.npz", allow_pickle=False, **scores)
+            write_scores(out / "scores.npz", pruned.scores)
     return result | {"folder": str(args.out)}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxprune import data, folder, methods, report
 from jaxprune._decode import check_file
+from jaxprune._scores_file import read_scores
 from jaxprune.commands import _budget, evaluate, prune, recover, verify
 from jaxprune.commands._calibration import Calibration, Reconstruction
 from jaxprune.commands._common import ModelName, Output, flag
@@ -160,8 +161,7 @@ def _report(args: Run, done: dict[str, Any], metrics: dict[str, Any], samples: d
     record = folder.read_record(args.out / "pruned")
     assert record is not None
     dense, small = checkpoint.read_config(args.model), checkpoint.read_config(args.out / "pruned")
-    with np.load(args.out / "pruned" / "scores.npz") as stored:
-        scores = tuple({a: stored[f"{i}.{a}"] for a in "kfd" if f"{i}.{a}" in stored} for i in range(len(dense.layers)))
+    scores = read_scores(args.out / "pruned" / "scores.npz", len(dense.layers))
     figures = {
         "widths": report.widths_figure(dense, small),
         "scores": report.scores_figure(scores, Plan.from_dict(record["plan"]).keep),

@@ -4,14 +4,15 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jaxprune import _narrow, budgets, data, folder, methods, pipeline
+from jaxprune import _narrow, budgets, data, folder, methods, pipeline, surgery
 from jaxprune._constraints import check
 from jaxprune._files import atomic_text
+from jaxprune._json import plain
 from jaxprune.commands import _budget
-from jaxprune.commands._calibration import Calibration, draw
+from jaxprune.commands._calibration import Calibration, draw, up_to_a_row
 from jaxprune.commands._common import ModelName, Output, flag, layer_range, stage
 from jaxprune.commands._stages import opened
-from jaxprune.commands._strategies import STRATEGIES, Effort, Task, dense_loss, shape
+from jaxprune.commands._strategies import STRATEGIES, Effort, Task
 from jaxprune.search import points, sizes
 from jaxprune.search.points import Point
 from jaxprune.search.sizes import Window
@@ -81,6 +82,9 @@ class Search:
         for name, least in dict(fitness_samples=2, trials=1, at_once=1).items():
             if (value := getattr(self.effort, name)) < least:
                 raise ValueError(f"{name}: {value} given; it must be at least {least}")
+        for name in ("samples", "length"):
+            if (value := getattr(self.calibration, name)) is not None and value < 1:
+                raise ValueError(f"{name}: {value} given; it must be at least 1")
         if self.effort.generations is not None and self.effort.generations < 0:
             raise ValueError(f"generations: {self.effort.generations} given; it must be at least 0")
         if self.effort.equal_widths and self.strategy != "evolution":
@@ -95,17 +99,17 @@ class Search:
 def run(args: Search) -> dict[str, Any]:
     """Searches; returns the table of what was found."""
     settings, seconds = args.settings(), dict[str, float]()
-    given = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")}
+    given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")})
     with opened(args.out, given, overwrite=args.overwrite):
         with stage("loading", seconds):
             model = folder.load(args.model, args.dtype, needs_tokenizer=not data.is_token_file(args.calibration.calibration))
         goal = _budget.goal(args.budget, model.cfg, settings, args.dtype)
-        task = _task(args, settings, model, goal)
+        task = _task(args, settings, model, goal, given)
         with stage(f"searching, {args.strategy}", seconds):
             found = STRATEGIES[args.strategy](task)
         chosen = found.best if found.held_out[1] < found.held_out[0] else found.baseline
-        unit = task.window.unit
-        dense = Point(dense_loss(task), task.window.cost(task.cfg), None, "dense")
+        unit, small = task.window.unit, surgery.pruned_config(task.cfg, chosen)
+        dense = Point(found.dense, task.window.cost(task.cfg), None, "dense")
         details = dict(strategy=args.strategy, settings=given, calibration=args.calibration.calibration)
         points.write(args.out, [dense, *found.points], unit, details)
         for name, plan in (("plan", chosen), ("baseline", found.baseline)):
@@ -117,21 +121,24 @@ def run(args: Search) -> dict[str, Any]:
             "taken": "baseline" if chosen is found.baseline else "search",
             "candidates measured": len(found.points),
             f"{unit}, dense": round(dense.cost),
-            f"{unit}, found": round(sizes.cost_of(chosen, task.cfg, task.window)),
-            "fraction removed": round(1 - shape(chosen, task).decoder_parameters / task.cfg.decoder_parameters, 4),
+            f"{unit}, found": round(task.window.cost(small)),
+            "fraction removed": round(1 - small.decoder_parameters / task.cfg.decoder_parameters, 4),
             "plan": str(args.out / "plan.json"),
             "seconds": seconds,
         }
         if goal is not None and goal.measure is not None:
-            result["measured, ms"] = round(goal.measure(shape(chosen, task)) * 1e3, 3)
+            result["measured, ms"] = round(goal.measure(small) * 1e3, 3)
             result["target, ms"] = round(goal.limit * 1e3, 3)
     return result | {"front": points.rows(points.front(found.points), unit)}
 
 
-def _task(args: Search, settings: pipeline.Settings, model: folder.Model, goal: budgets.Target | None) -> Task:
+def _task(
+    args: Search, settings: pipeline.Settings, model: folder.Model, goal: budgets.Target | None, record: dict[str, Any]
+) -> Task:
     method = methods.find("taylor" if args.strategy == "adapruner" else methods.DEFAULT)
     samples = args.calibration.samples or (64 if args.strategy == "adapruner" else method.samples)
-    length, n = args.calibration.length or method.length, args.effort.fitness_samples
+    length = args.calibration.length or up_to_a_row(args.calibration.calibration, method.length)
+    n = args.effort.fitness_samples
     source = args.effort.fitness
     own = source is None  # then both come from one draw, whose windows do not overlap
     found = draw(args.calibration, model, samples + n * own, length, False)
@@ -148,7 +155,6 @@ def _task(args: Search, settings: pipeline.Settings, model: folder.Model, goal: 
         ratio = budgets.meet(_narrow.at_ratio((), model.cfg, local), predicted, model.cfg).ratio
         settings = dataclasses.replace(settings, ratio=min(max(ratio, 1e-6), 1 - 1e-6))  # which constraints depend on
         window = _window(goal)
-    record = {k: str(v) for k, v in dataclasses.asdict(args).items() if k not in ("out", "overwrite", "output")}
     constraints = settings.constraints(model.cfg)
     return Task(
         model, settings, constraints, window, tokens, other[: n // 2], other[n // 2 :], goal, args.effort, args.out, record

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 
 from jaxprune._json import write_json
+from jaxprune.models._safetensors import read_json
 from jaxprune.plan import Plan
-from jaxprune.search.points import Point, front, read_done
+from jaxprune.search.points import Point, front
 
 Candidate: TypeAlias = Any  # a plan, or levels of a database
 
@@ -18,14 +19,14 @@ class Problem(NamedTuple):
 
     Attributes:
       losses: candidates -> float[candidates]; lower is better.
-      vary: (best candidates so far, best first, generator, generation) -> new candidates, all of an allowed size.
+      vary: (best candidates so far, best first, or none; generator) -> new candidates, all of an allowed size.
       cost: size of a candidate.
       plan: what it keeps.
       encode, decode: to and from what JSON can hold.
     """
 
     losses: Callable[[Sequence[Candidate]], np.ndarray]
-    vary: Callable[[Sequence[Candidate], np.random.Generator, int], list[Candidate]]
+    vary: Callable[[Sequence[Candidate], np.random.Generator], list[Candidate]]
     cost: Callable[[Candidate], float]
     plan: Callable[[Candidate], Plan]
     encode: Callable[[Candidate], Any]
@@ -47,10 +48,9 @@ def evolve(
     seed: int,
     settings: dict[str, Any],
     checkpoint: Path | None = None,
-    start: Sequence[Candidate] = (),
     on_generation: Callable[[int, Found], None] = lambda generation, found: None,
 ) -> Found:
-    """Evolves candidates. Generation 0 is `start`, or what `vary` makes of nothing.
+    """Evolves candidates. Generation 0 is what `vary` makes of no parents.
 
     Random numbers of a generation depend on `seed` and its number alone, so a search that goes on from a checkpoint finds what
     it would have found without the interruption. No candidate is measured twice.
@@ -62,7 +62,6 @@ def evolve(
       seed: of random numbers.
       settings: all that the result depends on; a checkpoint of others is refused.
       checkpoint: file that is written after each generation and gone on from if it is there, or None.
-      start: candidates of generation 0.
       on_generation: called after each with its number and what was found.
 
     Raises:
@@ -70,7 +69,7 @@ def evolve(
     """
     done = -1
     found: Found = Found([], [])
-    state = None if checkpoint is None else read_done(checkpoint)
+    state = read_json(checkpoint) if checkpoint is not None and checkpoint.is_file() else None
     if state is not None:
         changed = sorted(k for k in settings.keys() | state["settings"].keys() if settings.get(k) != state["settings"].get(k))
         if changed:
@@ -79,7 +78,7 @@ def evolve(
     for generation in range(done + 1, generations + 1):
         rng = np.random.default_rng([seed, generation])
         parents = [candidate for _, candidate in found.best]
-        candidates = list(start) if generation == 0 and len(start) else problem.vary(parents, rng, generation)
+        candidates = problem.vary(parents, rng)
         known = {_key(problem.encode(c)) for c in parents}
         fresh = list({_key(problem.encode(c)): c for c in candidates if _key(problem.encode(c)) not in known}.values())
         if not (fresh or parents):

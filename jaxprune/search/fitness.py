@@ -53,6 +53,19 @@ def gate_fitness(
     >>> loss_of(keep).shape
     (2,)
     """
+    losses = gate_losses(params, cfg, at_once=at_once, microbatch=microbatch, devices=devices)
+    return lambda plans: losses(plans, tokens)
+
+
+def gate_losses(
+    params: Params,
+    cfg: LlamaConfig,
+    *,
+    at_once: int = 1,
+    microbatch: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Callable[[Sequence[Plan], Any], np.ndarray]:
+    """`gate_fitness` for several texts: a function of plans and tokens, from one compiled program for each shape of tokens."""
     loss = loss_fn(cfg, remat=False, microbatch=microbatch)
 
     def one(constants, gates):
@@ -60,7 +73,7 @@ def gate_fitness(
         return loss(params, {"gates": gates}, tokens).mean()
 
     measure = over_devices(one, at_once, devices)
-    return lambda plans: measure((params, tokens), [surgery.gates_of(plan, cfg)["gates"] for plan in plans])
+    return lambda plans, tokens: measure((params, tokens), [surgery.gates_of(plan, cfg)["gates"] for plan in plans])
 
 
 def over_devices(

@@ -1,6 +1,5 @@
 """What a search found: candidates with their losses and sizes, the front of those that no other beats, file and figure."""
 
-import json
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,8 +93,3 @@ def pareto_figure(points: Sequence[Point], unit: str) -> "matplotlib.figure.Figu
     _plot.label(ax, "candidates of the search", unit, "loss on the fitness text, nats a token")
     _plot.legend(ax, opaque=True)
     return figure
-
-
-def read_done(path: Path) -> Any:
-    """The JSON of a file, or None where there is none."""
-    return json.loads(path.read_text()) if path.is_file() else None

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune import allocate
+from jaxprune import _narrow, allocate
 from jaxprune._constraints import Constraints
 from jaxprune._curves import lagrangian
 from jaxprune.models import LlamaConfig, PerLayer
@@ -85,7 +85,7 @@ def problem(
                 levels = moved(db, levels, movable[int(rng.integers(len(movable)))], by)
         return sized(db, cfg, allowed, levels, rng)
 
-    def vary(parents: Sequence[Levels], rng: np.random.Generator, generation: int) -> list[Levels]:
+    def vary(parents: Sequence[Levels], rng: np.random.Generator) -> list[Levels]:
         if parents:
             made = [child(parents[int(rng.integers(len(parents)))], rng) for _ in range(settings.offspring)]
         else:
@@ -114,11 +114,7 @@ def nearest(db: Database, widths: Widths) -> Levels:
 
 def config(db: Database, cfg: LlamaConfig, levels: Levels) -> LlamaConfig:
     """The configuration of a candidate."""
-    dims = []
-    for old, layer in zip(cfg.layers, database.widths(db, levels), strict=True):
-        kv = layer.get("k", 0)
-        dims.append(old._replace(kv_heads=kv, q_per_kv=old.q_per_kv if kv else 0, ff=layer.get("f", 0)))
-    return dataclasses.replace(cfg, layers=tuple(dims))
+    return _narrow.with_widths(cfg, database.widths(db, levels))
 
 
 def movable_in(db: Database) -> list[tuple[int, str]]:

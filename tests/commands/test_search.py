@@ -9,7 +9,7 @@ from jaxprune import data, folder
 from jaxprune.plan import Plan
 
 SMALL = (
-    "--calibration", "builtin", "--samples", 16, "--length", 16, "--fitness-samples", 4, "--multiple-of", 4,
+    "--calibration", "builtin", "--samples", 16, "--length", 16, "--fitness-samples", 5, "--multiple-of", 4,
     "--trials", 3, "--generations", 1,
 )  # fmt: skip
 
@@ -85,6 +85,11 @@ def test_a_search_leaves_plans_that_prune_cuts(jaxprune, model, tmp_path, texts,
 )
 def test_flags_that_cannot_be_used(refused, model, tmp_path, flags, message):
     assert message in refused("search", model, "--out", tmp_path / "out", "--samples", 4, "--length", 16, *flags)
+
+
+@pytest.mark.parametrize("flag", ["samples", "length"])
+def test_no_text_at_all_is_refused(refused, model, tmp_path, flag):
+    assert f"{flag}: 0 given" in refused("search", model, "--out", tmp_path / "out", f"--{flag}", 0)
 
 
 def test_a_folder_of_another_search_is_refused(jaxprune, refused, model, tmp_path):
