@@ -243,11 +243,11 @@ def test_loading_holds_the_model_once(smollm2, tmp_path):
     import sys
 
     script = """
-import resource, sys, jax
+import sys, jax
 from jaxprune import models
+from jaxprune.commands._common import peak_memory as peak
 from jaxprune.models import checkpoint
 import gguf, ml_dtypes, safetensors
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 jax.block_until_ready(jax.numpy.zeros(1))
 start = peak()
 params, cfg = models.load(sys.argv[1])
