@@ -11,9 +11,9 @@ import numpy as np
 
 from jaxprune.models import LlamaConfig, Params, PerLayer, Run, axes, project, reads, sublayer
 from jaxprune.models.axes import OUTPUT
-from jaxprune.recovery.least_squares import least_squares_to
+from jaxprune.recovery.least_squares import admm, least_squares_to
 
-TARGETS = ("dense", "weights", "residual", "bias")
+TARGETS = ("dense", "weights", "residual", "admm", "bias")
 SHAPES = 12  # widths that programs are compiled for, at most
 
 
@@ -38,6 +38,7 @@ def reconstruct(
     `dense`     of the dense model                  what all units of the dense model add
     `weights`   after the layers before are pruned  what all units would add to the same inputs
     `residual`  after the layers before are pruned  what brings the residual stream back to the dense model's
+    `admm`      of the dense model                  as `dense`, by 30 alternating directions instead of exactly
     `bias`      of the dense model                  its mean is added as a bias, the weights stay
     ==========  ==================================  =========================================================
 
@@ -46,7 +47,7 @@ def reconstruct(
       keep: per layer, axis letter (`k`, `f`) -> sorted indices of the units that stay; absent letters keep everything.
       batches: int32[b, t] arrays of calibration tokens of one shape.
       target: see above.
-      damp: ridge towards the dense weights, in means of the diagonal of the kept inputs' second moment.
+      damp: ridge towards the dense weights, in means of the diagonal of the kept inputs' second moment; `admm` has none.
       progress: wraps the sequence of layers; called with it and a description.
 
     Returns:
@@ -57,8 +58,9 @@ def reconstruct(
       ValueError: unknown target, no batches, or statistics that are not finite.
 
     Reference: `dense` and `weights` are the compensation of Shen et al., `Numerical Pruning <https://arxiv.org/abs/2412.12441>`_,
-    2024, theorem 3, and the reformation of `Search for Efficient LLMs <https://arxiv.org/abs/2409.17372>`_; `bias` is that of
-    An et al., `FLAP <https://arxiv.org/abs/2312.11983>`_, 2024, equation 4. `residual` is ours.
+    2024, theorem 3; `admm` is the reformation of Shen et al., `Search for Efficient Large Language Models
+    <https://arxiv.org/abs/2409.17372>`_, 2024, theorem 3.1, of which `dense` is the exact form; `bias` is that of An et al.,
+    `FLAP <https://arxiv.org/abs/2312.11983>`_, 2024, equation 4. `residual` is ours.
 
     >>> import jax
     >>> from jaxprune import models, recovery
@@ -89,9 +91,12 @@ def reconstruct(
                 continue
             if pruned is dense and target in ("weights", "residual"):
                 pruned = list(dense)
-            part = _part(p, axis, kept, cfg.layer_arrays(dims))
+            part = _part(p, axis, np.arange(n) if target == "admm" else kept, cfg.layer_arrays(dims))
             sums = _sums(p, part, axis, dense, pruned, target, cfg)
-            fitted = _bias(p, axis, kept, sums) if target == "bias" else _fit(p, axis, kept, sums, damp)
+            if target == "bias":
+                fitted = _bias(p, axis, kept, sums)
+            else:
+                fitted = _admm(p, axis, kept, sums) if target == "admm" else _fit(p, axis, kept, sums, damp)
             for array, x in fitted.items():
                 out[name][array][i] = x
             if pruned is not dense:
@@ -215,6 +220,14 @@ def _fit(p: dict, axis: str, kept: np.ndarray, sums: _Sums, damp: float) -> dict
     new = np.zeros_like(w)
     new[kept] = least_squares_to(target, gram, old, np.arange(n), damp).T.reshape(len(kept), *w.shape[1:])
     return {OUTPUT[axis]: new}
+
+
+def _admm(p: dict, axis: str, kept: np.ndarray, sums: _Sums) -> dict:
+    """The same by alternating directions, from the sums of all units."""
+    w = np.asarray(p[OUTPUT[axis]])
+    rows = w.astype(np.float32).reshape(-1, w.shape[-1]).T  # out, in
+    stays = np.repeat(np.isin(np.arange(len(w)), kept), rows.shape[1] // len(w))
+    return {OUTPUT[axis]: admm(rows, np.asarray(sums.gram), stays).T.reshape(w.shape).astype(w.dtype)}
 
 
 def _bias(p: dict, axis: str, kept: np.ndarray, sums: _Sums) -> dict:

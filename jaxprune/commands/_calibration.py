@@ -33,8 +33,9 @@ class Reconstruction:
     """How the weights that stay make up for those that go, in closed form."""
 
     reconstruct: Annotated[str | None, flag("NAME", "the method's own")] = None
-    """none; least squares towards what the dense layer adds (dense), towards what all units would add after the layers before
-    are pruned (weights), or towards the dense model's residual stream (residual); a bias for the mean of what goes (bias)."""
+    """none; least squares towards what the dense layer adds (dense; admm: by the iterations of Search for Efficient LLMs),
+    towards what all units would add after the layers before are pruned (weights), or towards the dense model's residual stream
+    (residual); a bias for the mean of what goes (bias)."""
     fit_samples: Annotated[int | None, flag("N", "the method's own")] = None
     """Sequences of calibration text that the weights are fitted on."""
     fit_length: Annotated[int | None, flag("T", "the method's own")] = None
