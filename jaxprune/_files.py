@@ -43,9 +43,39 @@ def atomic_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path
         _swap(beside, path)
     except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+        _remove(made)
+        _raise_if_full(error, path)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A hidden path beside `path` to write a file to: it becomes `path` at the end, or goes away if anything was raised.
+
+    Args:
+      path: the file to make; missing parents are made.
+      overwrite: a file may stand there; it is replaced, and only once the new one is complete.
+
+    Yields:
+      The path to write to, on the same file system as `path`.
+
+    Raises:
+      OSError: `path` is a folder, or a file that is not to be replaced; the disk is full.
+    """
+    path = Path(path).expanduser().resolve()
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; name a file")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path}: the file exists; name another one, or replace it with --overwrite")
+    made = [parent for parent in path.parents if not parent.exists()]
+    beside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        yield beside
+        os.replace(beside, path)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        _remove(made)
         _raise_if_full(error, path)
         raise
 
@@ -65,15 +95,14 @@ def atomic_bytes(path: str | Path, content: bytes) -> None:
     Raises:
       OSError: it cannot be written.
     """
-    path = Path(path).expanduser()
-    beside = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
-    try:
+    with atomic_file(path, overwrite=True) as beside:
         beside.write_bytes(content)
-        os.replace(beside, path)
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        _raise_if_full(error, path)
-        raise
+
+
+def _remove(made: list[Path]) -> None:
+    for parent in made:
+        with contextlib.suppress(OSError):
+            parent.rmdir()
 
 
 def _check_target(path: Path, overwrite: bool) -> None:

@@ -1,9 +1,10 @@
 """What a plan depends on besides the model and the calibration tokens."""
 
 import dataclasses
+import math
 
 from jaxprune import allocate, methods, recovery
-from jaxprune.models import LlamaConfig
+from jaxprune.models import LlamaConfig, export
 
 ROOM = 0.8  # a method's own floor is left out where the budget takes more than this part of what the floor lets go
 
@@ -26,6 +27,8 @@ class Settings:
       min_kept: every MLP keeps at least this fraction of its channels, or None for the method's own, which gives way to
         budgets that leave it no room.
       max_distinct: at most this many different layer shapes, or None.
+      profile: the result can be exported so, a name in `models.export.PROFILES`; then `multiple_of` becomes a multiple of what
+        the profile wants, and all layers get one shape where it wants that.
       taylor, aggregate: see `methods.Options`.
       seed: of random numbers.
     """
@@ -42,6 +45,7 @@ class Settings:
     multiple_of: int = 8
     min_kept: float | None = None
     max_distinct: int | None = None
+    profile: str | None = None
     taylor: str = "param_first"
     aggregate: str | None = None
     seed: int = 0
@@ -80,6 +84,22 @@ class Settings:
                 f"units: {self.method} cannot score {', '.join(sorted(set(self.units) - set(method.units)))}; "
                 f"it scores {', '.join(method.units)}: set --units"
             )
+
+        if self.profile is not None:
+            self._fit_profile(export.find(self.profile))
+
+    def _fit_profile(self, profile: export.Profile) -> None:
+        widths = set(self.units) <= {"kv", "mlp"}
+        if widths:
+            object.__setattr__(self, "multiple_of", math.lcm(self.multiple_of, profile.multiple_of))
+        if not (widths and profile.uniform):
+            return
+        if self.max_distinct not in (None, 1) or self.protect_first or self.protect_last or self.layers:
+            raise ValueError(
+                f"for: {self.profile} given, whose layers are all equal; leave out --layers, --protect-first, --protect-last "
+                "and --max-distinct, or choose a profile of any widths (hf-custom, gguf)"
+            )
+        object.__setattr__(self, "max_distinct", 1)
 
     @property
     def allocation(self) -> str:

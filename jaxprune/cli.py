@@ -11,7 +11,7 @@ import tyro
 
 from jaxprune._json import write_json
 from jaxprune._progress import table
-from jaxprune.commands import bench, evaluate, generate, inspect, prune, recover, search, verify
+from jaxprune.commands import bench, evaluate, export, generate, inspect, prune, recover, search, verify
 from jaxprune.commands import run as everything
 from jaxprune.commands._common import pairs
 
@@ -22,6 +22,7 @@ COMMANDS: dict[type, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     evaluate.Evaluate: ("evaluate", evaluate.run),
     search.Search: ("search", search.run),
     bench.Bench: ("bench", bench.run),
+    export.Export: ("export", export.run),
     generate.Generate: ("generate", generate.run),
     verify.Verify: ("verify", verify.run),
     inspect.Inspect: ("inspect", inspect.run),

@@ -58,10 +58,11 @@ def load(source: str, dtype: str | None = None, *, needs_tokenizer: bool = True)
     path = checkpoints.resolve(source)
     record = read_record(path)
     params, cfg = checkpoints.load(path, dtype=None if dtype is None else jnp.dtype(dtype))
-    return Model(params, cfg, _tokenizer(path, needs_tokenizer), str(source), record)
+    return Model(params, cfg, load_tokenizer(path, needs_tokenizer), str(source), record)
 
 
-def _tokenizer(path: Path, needed: bool) -> Any:
+def load_tokenizer(path: Path, needed: bool) -> Any:
+    """The tokenizer of a folder or file; None where it has none and none is needed."""
     try:
         return tokenizers.load_tokenizer(path)
     except FileNotFoundError:

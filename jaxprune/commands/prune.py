@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from jaxprune import data, folder, methods, models, pipeline, proof
+from jaxprune import _profiles, data, folder, methods, models, pipeline, proof
 from jaxprune._files import atomic_folder
 from jaxprune._progress import progress
 from jaxprune._scores_file import write_scores
 from jaxprune.commands import _budget
 from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described
-from jaxprune.commands._common import ModelName, Output, flag, layer_range, peak_memory, say, stage
+from jaxprune.commands._common import ModelName, Output, Profile, flag, layer_range, peak_memory, say, stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,7 @@ class Shape:
     """Every MLP keeps at least this fraction of its channels."""
     max_distinct: Annotated[int | None, flag("N", "no limit")] = None
     """At most this many different layer shapes."""
+    profile: Profile = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +103,7 @@ class Prune:
             steps=self.scoring.steps,
             multiple_of=self.shape.multiple_of,
             max_distinct=self.shape.max_distinct,
+            profile=self.shape.profile,
             taylor=self.scoring.taylor,
             aggregate=self.scoring.aggregate,
             seed=self.calibration.seed,
@@ -122,6 +124,8 @@ def run(args: Prune) -> dict[str, Any]:
         with stage("loading", seconds):
             needs_tokenizer = reads_text and not data.is_token_file(args.calibration.calibration)
             model = folder.load(args.model, args.dtype, needs_tokenizer=needs_tokenizer)
+        plan = None if args.plan is None else folder.read_plan(args.plan)
+        _profiles.check(model.cfg, settings, plan)
         tokens = fit_tokens = calibration = goal = None
         if _budget.asked(args.budget):
             with stage("reading the target", seconds):
@@ -133,14 +137,12 @@ def run(args: Prune) -> dict[str, Any]:
                 )
                 tokens = calibration.tokens
         with stage("pruning", seconds):
-            if args.plan is None:
+            if plan is None:
                 pruned = pipeline.prune(
                     model.params, model.cfg, tokens, settings, say, fit_tokens=fit_tokens, goal=goal, progress=progress
                 )
             else:
-                pruned = pipeline.by_plan(
-                    model.params, model.cfg, folder.read_plan(args.plan), fit_tokens, target, progress=progress
-                )
+                pruned = pipeline.by_plan(model.params, model.cfg, plan, fit_tokens, target, progress=progress)
         report = None
         if args.plan is None and settings.units == ("rotated",):
             say("note: the residual stream was rotated, so there is no masked model to compare the cut with")

@@ -4,13 +4,13 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jaxprune import _narrow, budgets, data, folder, methods, pipeline, surgery
+from jaxprune import _narrow, _profiles, budgets, data, folder, methods, pipeline, surgery
 from jaxprune._constraints import check
 from jaxprune._files import atomic_text
 from jaxprune._json import plain
 from jaxprune.commands import _budget
 from jaxprune.commands._calibration import Calibration, draw, up_to_a_row
-from jaxprune.commands._common import ModelName, Output, flag, layer_range, stage
+from jaxprune.commands._common import ModelName, Output, Profile, flag, layer_range, stage
 from jaxprune.commands._stages import opened
 from jaxprune.commands._strategies import STRATEGIES, Effort, Task
 from jaxprune.search import points, sizes
@@ -34,6 +34,7 @@ class Limits:
     """MLP widths are multiples of this, e.g. of what a mesh axis divides."""
     min_kept: Annotated[float | None, flag("F", "the method's own")] = None
     """Every MLP keeps at least this fraction of its channels."""
+    profile: Profile = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,7 @@ class Search:
             protect_last=self.limits.protect_last,
             multiple_of=self.limits.multiple_of,
             min_kept=self.limits.min_kept,
+            profile=self.limits.profile,
             seed=self.calibration.seed,
         )
         _budget.check(self.budget, settings, ratio=self.ratio)
@@ -91,6 +93,11 @@ class Search:
             raise ValueError(
                 f"equal_widths: {self.strategy} chooses widths; use --strategy evolution, or prune --max-distinct 1"
             )
+        if settings.max_distinct == 1 and not (self.effort.equal_widths or self.strategy == "adapruner"):
+            raise ValueError(
+                f"for: {self.limits.profile} given, whose layers are all equal, and {self.strategy} chooses widths; use "
+                "--strategy evolution --equal-widths or adapruner, or prune --for"
+            )
         if self.calibration.calibration == "self" or self.calibration.candidates > 1:
             raise ValueError("calibration: self and --candidates are not for a search; name a text")
         return settings
@@ -103,6 +110,7 @@ def run(args: Search) -> dict[str, Any]:
     with opened(args.out, given, overwrite=args.overwrite):
         with stage("loading", seconds):
             model = folder.load(args.model, args.dtype, needs_tokenizer=not data.is_token_file(args.calibration.calibration))
+        _profiles.check(model.cfg, settings)
         goal = _budget.goal(args.budget, model.cfg, settings, args.dtype)
         task = _task(args, settings, model, goal, given)
         with stage(f"searching, {args.strategy}", seconds):
