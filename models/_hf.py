@@ -71,10 +71,10 @@ def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
 def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
     """The `config.json` that says what this model is, as plainly as it can be said.
 
-    - All layers equal: a plain configuration that transformers loads. Layers of which nothing is left are not in the file;
-      `jaxprune_gone_layers` holds their positions. Biases that the family stores only together (`attention_bias`: q k v o;
-      `mlp_bias`: gate up down) are stored as zeros where the model has none, and `jaxprune_biases` names the real ones.
-      The family is the model's own, or the first of llama, mistral and qwen2 that can say it: the three differ only in biases,
+    - All layers equal: a plain configuration, which transformers 4 and 5 load. Layers of which nothing is left are not in the
+      file; `jaxprune_gone_layers` holds their positions. Biases that the family stores only together (`attention_bias`:
+      q k v o; `mlp_bias`: gate up down) are stored as zeros where the model has none, and `jaxprune_biases` names the real
+      ones. The family is the model's own, or the first of llama, mistral and qwen2 that can say it: the three differ only in biases,
       in `sliding_window`, and in that llama wants `hidden_size` to be a multiple of the number of heads.
     - Otherwise, and with shortcuts or a norm width: `model_type` is `jaxprune_llama`, with `per_layer_config` in the schema of
       transformers 5, every layer in full, and `"skip": ["attention", "mlp"]` for what is gone. `auto_map` names the classes in
@@ -82,8 +82,6 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
       refuses the folder without. The widths outside `per_layer_config` are 0, so that a class of transformers that is made to
       read it stops with an error instead of building another model. `jaxprune_shortcuts` and `jaxprune_norm_width` are there
       only if they are set. The rotary kind `grid` is unknown to transformers: then there is no `auto_map`.
-
-    Rotary settings are written in the spellings of transformers 4 and 5.
 
     >>> from jaxprune.models import LayerDims, LlamaConfig, to_hf_config
     >>> cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48), LayerDims(1, 3, 40)))
@@ -122,8 +120,9 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
         config |= dict(use_sliding_window=False)
     else:
         config |= dict(sliding_window=cfg.sliding_window)
-    config |= dict(rope_theta=theta, rope_scaling=scaling)  # as transformers 4 reads it
-    if scaling is not None and scaling["rope_type"] == "longrope":  # transformers 4 looks for it here only
+    if plain:
+        config |= dict(rope_theta=theta, rope_scaling=scaling)  # as transformers 4 reads it
+    if plain and scaling and scaling["rope_type"] == "longrope":  # transformers 4 looks for it here only
         config |= dict(original_max_position_embeddings=scaling["original_max_position_embeddings"])
     if family in OURS or stored_biases(config) != cfg.biases:
         config[BIASES_KEY] = list(cfg.biases)

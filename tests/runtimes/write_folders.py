@@ -3,6 +3,8 @@
 The library needs transformers 5; the folders are then read by that one or by another.
 """
 
+import functools
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import models
-from jaxprune.models import LayerDims, LlamaConfig, decode
+from jaxprune.models import LayerDims, LlamaConfig
 from jaxprune.models.export import hf, hf_custom, hf_padded
 
 A, B, GONE = LayerDims(2, 2, 48), LayerDims(1, 3, 40), LayerDims(0, 0, 0)
@@ -34,7 +36,10 @@ def config(*layers: LayerDims, d: int = 32, **settings: Any) -> LlamaConfig:
 
 
 def rope(kind: str) -> dict[str, Any]:
-    return dict(rope_scaling=tuple(sorted((ROPES[kind] | dict(rope_type=kind)).items())))
+    """Settings of a model that was trained on shorter sequences than those below."""
+    return dict(
+        rope_scaling=tuple(sorted((ROPES[kind] | dict(rope_type=kind)).items())), max_positions=16 if kind == "dynamic" else 64
+    )
 
 
 PLAIN = dict(
@@ -47,7 +52,7 @@ PLAIN = dict(
     window=config(A, A, family="mistral", sliding_window=6),
     qwen2=config(A, A, family="qwen2", biases=QKV),
     bfloat16=config(A, A),
-    **{kind: config(A, A, **rope(kind)) for kind in ROPES},
+    **{kind: config(A, **rope(kind)) for kind in ROPES},
 )
 PADDED = dict(
     mixed=config(*MIXED),
@@ -68,11 +73,17 @@ CUSTOM = dict(
     window_biases=config(A, A, sliding_window=6, biases=("o", "down")),
     rotated=config(*HEADLESS, d=24, shortcuts=True, norm_width=32),
     bfloat16=config(*MIXED),
-    **{kind: config(*MIXED, **rope(kind)) for kind in ROPES},
+    **{kind: config(LayerDims(0, 0, 40), B, **rope(kind)) for kind in ROPES},
 )
 PROFILES = dict(hf=(hf, PLAIN), hf_padded=(hf_padded, PADDED), hf_custom=(hf_custom, CUSTOM))
-PAD, NEW = (0, 3), 8  # tokens of padding before each prompt, tokens to generate
+PAD, LENGTH, NEW = (0, 3), 12, 8  # tokens of padding before each prompt, of it with them, and to generate
 GROWING = ("dynamic", "longrope")  # kinds whose rotations depend on how long the sequence is
+TEXTS = ("the quick <x>  fox .</s>", " héllo\n\n你好 ", "jumps")
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def forward(params: models.Params, tokens: jax.Array, cfg: LlamaConfig) -> jax.Array:
+    return models.apply(params, tokens, cfg)
 
 
 def tokenizer() -> Any:
@@ -97,11 +108,19 @@ def random(cfg: LlamaConfig, dtype: str) -> models.Params:
     return jax.tree.map(lambda x: jnp.asarray(draw(0, 0.3, x.shape), dtype), models.shapes(cfg))
 
 
+def greedy(params: models.Params, cfg: LlamaConfig, tokens: np.ndarray) -> np.ndarray:
+    """The most likely tokens after each prompt, from logits of whole sequences: they start at 0, and no token sees the next."""
+    start, rows = LENGTH - np.array(PAD), np.arange(len(tokens))
+    sequences = np.stack([np.roll(row, -pad) for row, pad in zip(tokens, PAD, strict=True)])
+    for i in range(NEW):
+        sequences[rows, start + i] = np.asarray(forward(params, sequences, cfg))[rows, start + i - 1].argmax(-1)
+    return np.stack([row[at : at + NEW] for row, at in zip(sequences, start, strict=True)])
+
+
 def main(out: Path) -> None:
     out.mkdir()
     tokens = np.random.default_rng(1).integers(3, 299, (2, 20), dtype=np.int32)
-    prompt = np.where(np.arange(12) < np.array(PAD)[:, None], 2, tokens[:, :12]).astype(np.int32)
-    forward = jax.jit(models.apply, static_argnums=2)
+    prompt = np.where(np.arange(LENGTH) < np.array(PAD)[:, None], 2, tokens[:, :LENGTH]).astype(np.int32)
     arrays = dict(tokens=tokens, prompt=prompt)
     fast = tokenizer()
     for profile, (module, cases) in PROFILES.items():
@@ -111,8 +130,11 @@ def main(out: Path) -> None:
             module.write(out / profile / name, params, cfg, fast)
             arrays[f"{profile}/{name}/logits"] = np.asarray(forward(params, tokens, cfg))
             if name not in GROWING:
-                arrays[f"{profile}/{name}/greedy"] = decode.generate(params, cfg, prompt, max_new_tokens=NEW, pad=PAD)
+                arrays[f"{profile}/{name}/greedy"] = greedy(params, cfg, tokens)
     np.savez(out / "ours.npz", **arrays)
+    encoded = fast(list(TEXTS), padding=True)
+    known = dict(texts=TEXTS, decoded=fast.batch_decode(encoded.input_ids), **encoded)
+    (out / "tokenizer.json").write_text(json.dumps(known), encoding="utf-8")
 
 
 if __name__ == "__main__":
