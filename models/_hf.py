@@ -74,8 +74,8 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
     - All layers equal: a plain configuration, which transformers 4 and 5 load. Layers of which nothing is left are not in the
       file; `jaxprune_gone_layers` holds their positions. Biases that the family stores only together (`attention_bias`:
       q k v o; `mlp_bias`: gate up down) are stored as zeros where the model has none, and `jaxprune_biases` names the real
-      ones. The family is the model's own, or the first of llama, mistral and qwen2 that can say it: the three differ only in biases,
-      in `sliding_window`, and in that llama wants `hidden_size` to be a multiple of the number of heads.
+      ones. The family is the model's own, or the first of llama, mistral and qwen2 that can say it: the three differ only in
+      biases, in `sliding_window`, and in that llama wants `hidden_size` to be a multiple of the number of heads.
     - Otherwise, and with shortcuts or a norm width: `model_type` is `jaxprune_llama`, with `per_layer_config` in the schema of
       transformers 5, every layer in full, and `"skip": ["attention", "mlp"]` for what is gone. `auto_map` names the classes in
       `modeling_jaxprune.py`, which `save` writes beside the weights: transformers loads them with `trust_remote_code=True` and
