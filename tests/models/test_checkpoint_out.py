@@ -89,13 +89,22 @@ def test_transformers_loads_equal_layers(tmp_path, tokens, logits_of, name):
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_transformers_refuses_layers_that_differ(tmp_path, name):
+def test_transformers_refuses_layers_that_differ_without_their_code(tmp_path, name):
     import transformers
 
     models.save(tmp_path, random(OTHERS[name]), OTHERS[name])
+    assert (tmp_path / "modeling_jaxprune.py").is_file()
     for kind in ("AutoModelForCausalLM", "LlamaForCausalLM", "MistralForCausalLM"):
-        with pytest.raises((ValueError, RuntimeError, ZeroDivisionError)):
+        with pytest.raises((ValueError, RuntimeError, ZeroDivisionError), match="code|per-layer|zero"):
             getattr(transformers, kind).from_pretrained(tmp_path)
+
+
+def test_plain_models_and_those_that_transformers_cannot_run_come_without_code(tmp_path):
+    grid = config([A, B], rope_scaling=(("columns", 4), ("first", 1), ("rope_type", "grid")))
+    for i, cfg in enumerate((UNIFORM["plain"], grid)):
+        models.save(tmp_path / str(i), random(cfg), cfg)
+        assert not (tmp_path / str(i) / "modeling_jaxprune.py").exists()
+        assert "auto_map" not in models.to_hf_config(cfg)
 
 
 def test_transformers_saves_and_we_load_again(tmp_path):
