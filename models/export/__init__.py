@@ -1,0 +1,1 @@
+"""Pruned models in the formats of other runtimes."""
