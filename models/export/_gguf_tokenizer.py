@@ -102,7 +102,7 @@ def _pre(state: dict) -> str:
             return name
     raise ValueError(
         f"the tokenizer splits text by {expressions}{' and takes whole words' * whole_words}, which is none of the pre-"
-        f"tokenizers of llama.cpp that are known here ({', '.join(SPLITS)}); export without a tokenizer (None) and feed token ids"
+        f"tokenizers of llama.cpp that are known here ({', '.join(SPLITS)}); export without one (None) and feed token ids"
     )
 
 
