@@ -59,7 +59,7 @@ def predicted_bytes(cfg: LlamaConfig, quantization: str) -> int:
     >>> from jaxprune.models import LayerDims, LlamaConfig
     >>> cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 64),), tie_embeddings=True)
     >>> predicted_bytes(cfg, "f32"), predicted_bytes(cfg, "q8_0")
-    (45440, 12256)
+    (45440, 12352)
     """
     return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in tensors(cfg, quantization))
 
@@ -136,10 +136,10 @@ def _encoded(tensor: Tensor, rows: np.ndarray) -> np.ndarray:
     step = max(1, PART // rows.shape[1])
     for start in range(0, len(rows), step):
         part = np.ascontiguousarray(rows[start : start + step], np.float32)
-        with np.errstate(over="ignore"):
-            values = quants.quantize(part, ggml_type(tensor.kind))
         if not np.isfinite(part).all():
             raise ValueError(f"tensor {tensor.name} holds NaN or infinite values; the model is damaged")
+        with np.errstate(over="ignore"):
+            values = quants.quantize(part, ggml_type(tensor.kind))
         if tensor.kind == "f16" and not np.isfinite(values).all():
             raise ValueError(f"tensor {tensor.name} has values that overflow f16; write bf16 or f32")
         out[start : start + step] = values.view(np.uint8)
