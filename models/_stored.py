@@ -46,7 +46,7 @@ def tensors(params: Params, cfg: LlamaConfig, config: dict[str, Any]) -> list[St
       ValueError: `params` is not a tree of `cfg`.
     """
     check_tree(params, cfg)
-    return [*_own(params, cfg), *_padding(params, cfg, config)]
+    return [*own(params, cfg), *_padding(params, cfg, config)]
 
 
 def check_tree(params: Params, cfg: LlamaConfig) -> None:
@@ -63,7 +63,8 @@ def check_tree(params: Params, cfg: LlamaConfig) -> None:
             )
 
 
-def _own(params: Params, cfg: LlamaConfig) -> Iterator[Stored]:
+def own(params: Params, cfg: LlamaConfig) -> Iterator[Stored]:
+    """The arrays of the model itself, layer by layer within each array."""
     for path, name, layers, shape in parts(cfg):
         x = params
         for key in path:
