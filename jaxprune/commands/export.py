@@ -55,7 +55,7 @@ def run(args: Export) -> dict[str, Any]:
             tokenizer = folder.load_tokenizer(path, needed=False)
         kind = args.type or (params["embed"].dtype.name if profile.types == export.FLOATS else profile.types[0])
         with stage("writing", seconds):
-            notes = profile.write(out, params, cfg, tokenizer, kind)
+            notes = profile.write(out, params, cfg, tokenizer, *([] if profile.types == export.FLOATS else [kind])) or []
     for note in notes:
         say(f"note: {note}")
     files = [args.out] if profile.suffix else [file for file in args.out.rglob("*") if file.is_file()]

@@ -15,7 +15,7 @@ class Profile(NamedTuple):
     Attributes:
       summary: one line: what reads it.
       problems: why a model of this shape cannot be written so, one sentence each, with what would make it fit; none if it can.
-      write: (path, params, cfg, tokenizer, type) -> notes for the user, one line each. Not atomic.
+      write: (path, params, cfg, tokenizer) and for GGUF the type -> notes for the user, one line each, or None. Not atomic.
       predicted_bytes: (cfg, type) -> bytes of the numbers in it.
       types: how numbers can be stored, the default first.
       suffix: of the file; empty for a folder.
@@ -25,7 +25,7 @@ class Profile(NamedTuple):
 
     summary: str
     problems: Callable[[LlamaConfig], list[str]]
-    write: Callable[..., list[str]]
+    write: Callable[..., list[str] | None]
     predicted_bytes: Callable[[LlamaConfig, str], int]
     types: tuple[str, ...] = FLOATS
     suffix: str = ""
