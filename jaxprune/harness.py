@@ -69,9 +69,7 @@ def load_tasks(names: Sequence[str], include_path: Path | None = None) -> Tasks:
     return Tasks(manager, [task for name, task in everything.items() if name not in inner], preset)
 
 
-def run_tasks(
-    model: Model, tasks: Tasks, *, limit: int | None = None, num_fewshot: int | None = None, batch: int | None = None
-) -> list[dict[str, Any]]:
+def run_tasks(model: Model, tasks: Tasks, *, limit: int | None = None, num_fewshot: int | None = None) -> list[dict[str, Any]]:
     """What lm_eval measures, a row for each task and metric.
 
     Args:
@@ -79,7 +77,6 @@ def run_tasks(
       tasks: see `load_tasks`.
       limit: only so many items of each task, or None.
       num_fewshot: examples before each item; None is what the task says.
-      batch: most texts at a time, or None for as many as make 4096 tokens.
 
     Returns:
       Rows of `task`, `shots`, `items`, `metric`, `value`, `stderr`, where there are several `filter`. Of the tasks of a preset
@@ -90,7 +87,7 @@ def run_tasks(
     """
     from lm_eval import simple_evaluate
 
-    lm = model_class()(model, batch_size="auto" if batch is None else batch)
+    lm = model_class()(model)
     found = simple_evaluate(
         lm, tasks=tasks.loaded, task_manager=tasks.manager, limit=limit, num_fewshot=num_fewshot, log_samples=False
     )
