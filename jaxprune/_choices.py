@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune._losses import Progress, losses
+from jaxprune._log_likelihoods import log_likelihoods
+from jaxprune._losses import Progress
 from jaxprune.models import LlamaConfig, Params
 
 SEPARATOR = "\nAnswer: "
@@ -91,7 +92,7 @@ def multiple_choice(
     r"""Accuracy of the choice with the highest log-likelihood after the query.
 
     The text is `query.rstrip() + separator + choice`; the choice counts with the white space before it. No BOS is added. Texts
-    longer than `cfg.max_positions` lose their beginning. Ties go to the first choice.
+    of which the model would read more than `cfg.max_positions` tokens lose their beginning. Ties go to the first choice.
 
     Args:
       params, cfg: the model.
@@ -116,7 +117,12 @@ def multiple_choice(
     if not items:
         raise ValueError("items: no questions given; at least one is needed")
     pairs = [encode_pair(tokenizer, i["query"].rstrip() + separator, choice) for i in items for choice in i["choices"]]
-    scores = _log_likelihoods(params, cfg, pairs, batch, progress)
+    scores = np.zeros(len(pairs))
+    found = log_likelihoods(
+        params, cfg, pairs, max_length=cfg.max_positions, batch=batch, progress=progress, what="choices"
+    )  # fmt: skip
+    for i, score, _ in found:
+        scores[i] = score
     right, right_normalised, at = 0, 0, 0
     for item in items:
         mine = scores[at : at + len(item["choices"])]
@@ -124,25 +130,3 @@ def multiple_choice(
         right += int(np.argmax(mine)) == item["gold"]
         right_normalised += int(np.argmax(mine / [len(c) for c in item["choices"]])) == item["gold"]
     return dict(accuracy=right / len(items), accuracy_normalised=right_normalised / len(items), items=len(items))
-
-
-def _log_likelihoods(params, cfg, pairs, batch, progress) -> np.ndarray:
-    texts = [(context + continuation)[-cfg.max_positions :] for context, continuation in pairs]
-    lengths = np.array([_padded(len(text)) for text in texts])
-    out = np.zeros(len(pairs))
-    for length in sorted(set(lengths)):
-        where = np.flatnonzero(lengths == length)
-        rows = np.zeros((len(where), length), np.int32)
-        for row, i in zip(rows, where, strict=True):
-            row[: len(texts[i])] = texts[i]
-        what = f"choices of up to {length} tokens"
-        for i, nll in zip(where, losses(params, cfg, rows, batch, progress, what), strict=True):
-            last, n = len(texts[i]) - 1, len(pairs[i][1])
-            out[i] = -nll[max(last - n, 0) : last].sum(dtype=np.float64)
-    return out
-
-
-def _padded(n: int) -> int:
-    """The least of 32, 48, 64, 96, 128, 192, ... that is at least n: few lengths to compile for, at most a third of padding."""
-    power = 1 << max(4, (n - 1).bit_length() - 1)
-    return next(length for length in (2 * power, 3 * power, 4 * power) if length >= n) if n > 32 else 32

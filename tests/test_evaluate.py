@@ -130,12 +130,12 @@ def test_multiple_choice_is_the_brute_force(model, scores, batch):
 
 
 def test_log_likelihoods_are_the_brute_force(model, scores):
-    from jaxprune._choices import _log_likelihoods
+    from jaxprune._log_likelihoods import log_likelihoods
 
     params, cfg = model
     pairs = [encode_pair(tokenizer(), i["query"].rstrip() + "\nAnswer: ", c) for i in ITEMS for c in i["choices"]]
-    found = _log_likelihoods(params, cfg, pairs, None, None)
-    np.testing.assert_allclose(found, np.concatenate(scores), rtol=1e-4)
+    found = {i: score for i, score, _ in log_likelihoods(params, cfg, pairs, max_length=cfg.max_positions)}
+    np.testing.assert_allclose([found[i] for i in range(len(pairs))], np.concatenate(scores), rtol=1e-4)
 
 
 def test_trailing_space_belongs_to_the_continuation():

@@ -134,7 +134,8 @@ def test_no_arrow_runs_back_in_the_core():
 
 def test_every_import_is_a_declared_dependency():
     """A package that only comes along with another one is missing as soon as that one drops it."""
-    extras = PROJECT["project"]["optional-dependencies"]["search"]  # imported inside functions that say how to install it
+    optional = PROJECT["project"]["optional-dependencies"]
+    extras = [dep for name in ("eval", "search") for dep in optional[name]]  # imported in functions that say how to install it
     declared = {canonical(re.match(r"[\w.-]+", dep)[0]) for dep in (*PROJECT["project"]["dependencies"], *extras)}
     providers = importlib.metadata.packages_distributions()
     undeclared = {
@@ -154,7 +155,7 @@ def test_every_module_exists_once():
 
 @pytest.mark.parametrize("code", ["import sys, jaxprune", IMPORT_ALL], ids=["jaxprune", "every module"])
 def test_imports_stay_light(code):
-    heavy = ("torch", "transformers", "datasets", "matplotlib", "optuna")
+    heavy = ("torch", "transformers", "datasets", "matplotlib", "optuna", "lm_eval")
     assert run(sys.executable, "-c", f"{code}\nprint([m for m in {heavy} if m in sys.modules])").strip() == "[]"
 
 

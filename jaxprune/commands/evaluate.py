@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from jaxprune import _progress, data, folder
+from jaxprune import _progress, data, folder, harness
 from jaxprune import evaluate as evaluation
 from jaxprune._text import beginnings
 from jaxprune.commands._common import ModelName, Output, flag, stage
@@ -21,7 +21,7 @@ class Evaluate:
 
     Perplexity is the exponential of the mean negative log-likelihood of the predicted tokens, in windows that do not overlap.
 
-    Example: jaxprune evaluate smollm2 --text wikitext2.test.txt --window 1024 128
+    Example: jaxprune evaluate smollm2 --text wikitext2.test.txt --window 1024 128 --tasks arc_easy,piqa
     """
 
     model: ModelName
@@ -35,7 +35,13 @@ class Evaluate:
     choice: Annotated[Path | None, flag("FILE", "none")] = None
     """Multiple-choice questions: .jsonl with query, choices and gold."""
     limit: Annotated[int | None, flag("N", "all")] = None
-    """Read at most this many questions."""
+    """Read at most this many questions, also of each task."""
+    tasks: Annotated[str | None, flag("NAME[,NAME...]", "none")] = None
+    """Tasks of lm-evaluation-harness (pip install 'jaxprune[eval]'); llm-pruner is the seven of that paper."""
+    include_path: Annotated[Path | None, flag("DIR", "none")] = None
+    """More tasks, as .yaml files in this folder."""
+    num_fewshot: Annotated[int | None, flag("K", "what the task says")] = None
+    """Examples in front of each item of a task."""
     dtype: Annotated[Literal["float32", "bfloat16"] | None, flag("{float32,bfloat16}", "as stored")] = None
     """Type of the weights."""
     output: Output = Output()
@@ -44,9 +50,27 @@ class Evaluate:
 def run(args: Evaluate) -> dict[str, Any]:
     """Loads the model and measures."""
     text, choices = inputs(args)
+    tasks = _tasks(args)
     with stage("loading", {}):
-        model = folder.load(args.model, args.dtype, needs_tokenizer=isinstance(text, str) or choices is not None)
-    return measured(model, args, text, choices)
+        needed = isinstance(text, str) or choices is not None or tasks is not None
+        model = folder.load(args.model, args.dtype, needs_tokenizer=needed)
+    result = measured(model, args, text, choices)
+    if tasks is not None:
+        result["tasks"] = harness.run_tasks(model, tasks, limit=args.limit, num_fewshot=args.num_fewshot)
+    return result
+
+
+def _tasks(args: Evaluate) -> harness.Tasks | None:
+    if args.num_fewshot is not None and args.num_fewshot < 0:
+        raise ValueError(f"num_fewshot: {args.num_fewshot} given; it must be at least 0")
+    if args.tasks is None:
+        if args.include_path is not None or args.num_fewshot is not None:
+            raise ValueError("include_path and num_fewshot belong to tasks; name some with --tasks")
+        return None
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"limit: {args.limit} given; it must be at least 1")
+    with stage("finding tasks", {}):
+        return harness.load_tasks(args.tasks.split(","), args.include_path)
 
 
 def measured(
