@@ -119,7 +119,7 @@ $(LLAMA_CPP)/.installed: $(VENV)/.made tests/runtimes/llama_cpp/package.json tes
 	  ci --omit=optional --ignore-scripts --no-audit --no-fund
 	touch $@
 
-bench: $(VENV)/.test $(VENV)/.model ## run the benchmarks, one after the other
+bench: $(VENV)/.test $(VENV)/.model $(LLAMA_CPP)/.installed ## run the benchmarks, one after the other
 	for file in benchmarks/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
 constraints: ## renew constraints.txt: the newest versions that pyproject.toml allows

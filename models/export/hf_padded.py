@@ -72,10 +72,11 @@ def pad(params: Params, cfg: LlamaConfig, dims: LayerDims | None = None) -> tupl
     >>> wide_cfg.layers[1], wide["run_0"]["q"].shape
     (LayerDims(kv_heads=2, q_per_kv=2, ff=48), (2, 32, 2, 2, 8))
     """
-    hf.refuse("hf-padded", problems(cfg, dims))
-    dims = dims or uniform(cfg)
-    wide_cfg = dataclasses.replace(cfg, layers=tuple(dims if cfg.layer_arrays(own) else NONE for own in cfg.layers))
-    size, where = wide_cfg.sizes(dims), {run.start + i: (run.name, i) for run in cfg.runs for i in range(run.length)}
+    wide_cfg = padded_config(cfg, dims)
+    size, where = (
+        wide_cfg.sizes(max(wide_cfg.layers)),
+        {run.start + i: (run.name, i) for run in cfg.runs for i in range(run.length)},
+    )
     wide = {name: params[name] for name in cfg.top_arrays()}
     for run in wide_cfg.runs:
         arrays = {}
@@ -85,12 +86,20 @@ def pad(params: Params, cfg: LlamaConfig, dims: LayerDims | None = None) -> tupl
             for i in range(run.length):
                 old, at = where[run.start + i]
                 if name in params[old]:
-                    x = np.asarray(params[old][name][at])
-                    out[(i, *map(slice, x.shape))] = x
+                    x: Any = np.asarray(params[old][name][at])
+                    out[(i, *(slice(n) for n in x.shape))] = x
             arrays[name] = jnp.asarray(out)
         if arrays:
             wide[run.name] = arrays
     return wide, wide_cfg
+
+
+def padded_config(cfg: LlamaConfig, dims: LayerDims | None = None) -> LlamaConfig:
+    """The configuration that `pad` leads to, with its arguments and errors."""
+    hf.refuse("hf-padded", problems(cfg, dims))
+    shape = dims or uniform(cfg)
+    assert shape is not None, "without problems there is a shape"
+    return dataclasses.replace(cfg, layers=tuple(shape if cfg.layer_arrays(own) else NONE for own in cfg.layers))
 
 
 def write(
@@ -119,7 +128,4 @@ def predicted_bytes(cfg: LlamaConfig, dtype: Any, dims: LayerDims | None = None)
     Raises:
       ValueError: `problems(cfg, dims)` is not empty.
     """
-    hf.refuse("hf-padded", problems(cfg, dims))
-    dims = dims or uniform(cfg)
-    layers = tuple(dims if cfg.layer_arrays(own) else NONE for own in cfg.layers)
-    return hf.predicted_bytes(dataclasses.replace(cfg, layers=layers), dtype)
+    return hf.predicted_bytes(padded_config(cfg, dims), dtype)

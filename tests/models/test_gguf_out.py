@@ -118,8 +118,10 @@ def test_a_deci_file_of_others_is_read_as_it_stands(tmp_path, rope):
     back, back_cfg = models.load(tmp_path / "m.gguf")
     assert back_cfg == dataclasses.replace(cfg, layers=(*layers[:3], LayerDims(1, 2, 32)), eos_ids=())
     same(back["run_2"], params["run_2"])
-    tokens = np.arange(12)[None]
-    np.testing.assert_allclose(models.apply(back, tokens, back_cfg), models.apply(params, tokens, cfg), rtol=1e-5, atol=1e-5)
+    tokens = jax.numpy.arange(12)[None]
+    np.testing.assert_allclose(
+        models.apply(back, tokens, back_cfg), models.apply(jax.device_put(params), tokens, cfg), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("quantization", gguf.TYPES)
