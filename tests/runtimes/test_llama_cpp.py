@@ -177,7 +177,9 @@ def test_pruned_smollm2(tmp_path):
     from jaxprune.cli import main
 
     arguments = ["prune", "smollm2", "--method", "magnitude", "--ratio", "0.1", "--ranking", "global"]
-    main([*arguments, "--out", str(tmp_path / "pruned")])
+    with pytest.raises(SystemExit) as done:
+        main([*arguments, "--out", str(tmp_path / "pruned")])
+    assert done.value.code == 0
     params, cfg = models.load(tmp_path / "pruned")
     tokenizer = models.load_tokenizer(tmp_path / "pruned")
     gguf.write(tmp_path / "m.gguf", params, cfg, tokenizer, "f32")
