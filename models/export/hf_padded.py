@@ -86,8 +86,8 @@ def pad(params: Params, cfg: LlamaConfig, dims: LayerDims | None = None) -> tupl
             for i in range(run.length):
                 old, at = where[run.start + i]
                 if name in params[old]:
-                    x: Any = np.asarray(params[old][name][at])
-                    out[(i, *(slice(n) for n in x.shape))] = x
+                    x = np.asarray(params[old][name][at])
+                    out[i][tuple(slice(n) for n in x.shape)] = x
             arrays[name] = jnp.asarray(out)
         if arrays:
             wide[run.name] = arrays
