@@ -1,4 +1,4 @@
-"""GGUF files of the architectures llama and qwen2, in any quantisation that the package `gguf` can undo."""
+"""GGUF files of the architectures llama, qwen2 and qwen3, in any quantisation that the package `gguf` can undo."""
 
 import dataclasses
 import functools
@@ -8,17 +8,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxprune.models import axes
+from jaxprune.models._families import FAMILIES
 from jaxprune.models._gguf_rope import scaling
 from jaxprune.models._layout import Rows, Source
 from jaxprune.models.config import LayerDims, LlamaConfig
 
-ARCHITECTURES = ("llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
 TOP = dict(embed="token_embd.weight", norm="output_norm.weight", head="output.weight")
 LAYER = dict(
     attn_norm="attn_norm.weight",
     mlp_norm="ffn_norm.weight",
     **{n: f"attn_{w}.weight" for n, w in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))},
     **{n: f"ffn_{n}.weight" for n in ("gate", "up", "down")},
+    **{n: f"attn_{n}.weight" for n in axes.QK_NORMS},
 )
 LAYER |= {f"{n}_bias": LAYER[n].replace("weight", "bias") for n in ("q", "k", "v", "o", "gate", "up", "down")}
 FREQUENCIES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -152,6 +155,7 @@ def _config(path: Path, header: Header) -> LlamaConfig:
         bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
         eos_ids=() if eos is None else (eos,),
         pad_id=metadata.get("tokenizer.ggml.padding_token_id"),
+        **FAMILIES[family].fixed,
     )
     factors = {name: _vector(path, name, tensors[name]) for name in FREQUENCIES if name in tensors}
     return dataclasses.replace(cfg, rope_scaling=scaling(path, lambda key: metadata.get(f"{family}.rope.{key}"), factors, cfg))

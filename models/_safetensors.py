@@ -22,6 +22,7 @@ NAMES = dict(
     attn_norm="input_layernorm.weight",
     mlp_norm="post_attention_layernorm.weight",
     **{n: f"self_attn.{n}_proj.weight" for n in "qkvo"},
+    **{n: f"self_attn.{n}.weight" for n in axes.QK_NORMS},
     **{n: f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")},
     **{f"{n}_bias": f"self_attn.{n}_proj.bias" for n in "qkvo"},
     **{f"{n}_bias": f"mlp.{n}_proj.bias" for n in ("gate", "up", "down")},

@@ -18,10 +18,11 @@ from the axes that a sublayer reads into those that it writes.
 """
 
 ATTENTION = dict(attn_norm="d", q="dkgh", k="dkh", v="dkh", o="kghd")
+QK_NORMS = dict(q_norm="h", k_norm="h")
 MLP = dict(mlp_norm="d", gate="df", up="df", down="fd")
 BIASES = dict(q_bias="kgh", k_bias="kh", v_bias="kh", o_bias="d", gate_bias="f", up_bias="f", down_bias="d")
 SHORTCUTS = dict(attn_shortcut="dd", mlp_shortcut="dd")
-LAYER = ATTENTION | MLP | BIASES | SHORTCUTS
+LAYER = ATTENTION | QK_NORMS | MLP | BIASES | SHORTCUTS
 TOP = dict(embed="vd", norm="d", head="dv")
 
 # The letters that a matrix contracts over.

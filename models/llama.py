@@ -40,9 +40,10 @@ def _add_bias(p: dict, name: str, x: jax.Array) -> jax.Array:
 def attention(p: dict, x: jax.Array, cfg: LlamaConfig, rope, gates: dict, cache: dict | None = None, start=0, mask_from=None):
     """What the output projection of the attention reads, [b, t, k, g, h], and the new cache; arguments as in `block`."""
     y = rms_norm(x, p["attn_norm"], cfg.norm_eps, gates.get("d"), cfg.norm_width)
-    q = _rope.rotate(_add_bias(p, "q", linear(p, "q", y)), *rope)
-    k = _rope.rotate(_add_bias(p, "k", linear(p, "k", y)), *rope)
-    v = _add_bias(p, "v", linear(p, "v", y))
+    q, k, v = (_add_bias(p, name, linear(p, name, y)) for name in "qkv")
+    if cfg.qk_norm:
+        q, k = rms_norm(q, p["q_norm"], cfg.norm_eps), rms_norm(k, p["k_norm"], cfg.norm_eps)
+    q, k = _rope.rotate(q, *rope), _rope.rotate(k, *rope)
     if cache is not None:
         k = jax.lax.dynamic_update_slice(cache["k"], k, (0, start, 0, 0))
         v = jax.lax.dynamic_update_slice(cache["v"], v, (0, start, 0, 0))
@@ -69,15 +70,15 @@ def project(p: dict, name: str, x: jax.Array, z: jax.Array | None, gates: dict, 
       gates: as in `block`.
       output: axis letter -> probe of kind `output`, see `jaxprune.models.types`.
     """
+    gated = (lambda y: y * gates["d"]) if "d" in gates else (lambda y: y)
     if (shortcut := axes.SHORTCUT_BESIDE[name]) in p:
-        x = linear(p, shortcut, x)
-        x = x * gates["d"] if "d" in gates else x
+        x = gated(linear(p, shortcut, x))
     if z is not None:
         update = linear(p, name, z)
         if output:
             update = _taps.second_moment(update, output["k" if name == "o" else "f"])
-        x = x + (update * gates["d"] if "d" in gates else update)
-    return _add_bias(p, name, x)
+        x = x + gated(update)
+    return x + gated(p[f"{name}_bias"].astype(x.dtype)) if f"{name}_bias" in p else x
 
 
 def block(

@@ -82,7 +82,7 @@ def slice_gpt(
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "slicing"):
         name, i, dims = where[layer]
         p = {n: params[name][n][i] for n in cfg.layer_arrays(dims)}
-        out: dict[str, jax.Array] = {}
+        out: dict[str, jax.Array] = {n: x for n, x in p.items() if "d" not in axes.LAYER[n]}
         for writes, norm, readers in SUBLAYERS:
             stream = [_after(p, writes, x, q, cfg) for x in stream]
             after = _components(stream, width, f"layer {layer}") if writes in p else q
@@ -191,9 +191,7 @@ def _rotated(p: dict, writes: str, norm: str, readers: tuple[str, ...], q: jax.A
     out = {shortcut: jnp.matmul(q.T, turn, precision="highest").astype(dtype)}
     if writes in p:
         out |= {norm: jnp.ones(q.shape[1], p[norm].dtype), writes: _matmul(p[writes], after)}
-        out |= {n: _read(p[norm], p[n], q) for n in readers} | {
-            f"{n}_bias": p[f"{n}_bias"] for n in readers if f"{n}_bias" in p
-        }
+        out |= {n: _read(p[norm], p[n], q) for n in readers}
     if f"{writes}_bias" in p:
         out[f"{writes}_bias"] = _matmul(p[f"{writes}_bias"], after)
     return out
