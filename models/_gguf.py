@@ -11,7 +11,7 @@ import numpy as np
 from jaxprune.models import axes
 from jaxprune.models._families import FAMILIES
 from jaxprune.models._gguf_rope import scaling
-from jaxprune.models._layout import Rows, Source
+from jaxprune.models._layout import ROTATED, Rows, Source, halves
 from jaxprune.models.config import LayerDims, LlamaConfig
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -74,7 +74,7 @@ def open_file(path: Path) -> Source:
     header = open_header(path)
     tensors = header.tensors
     cfg = _config(path, header)
-    permuted = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias") if cfg.family == "llama" else ()
+    permuted = tuple(LAYER[n] for n in ROTATED) if cfg.family == "llama" else ()
 
     def read(name: str) -> Iterator[tuple[Rows, np.ndarray]]:
         tensor, kind = tensors[name], tensors[name].tensor_type
@@ -82,7 +82,7 @@ def open_file(path: Path) -> Source:
         data = np.memmap(path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
         rows = len(data)
         step = max(1, PART // max(1, tensor.n_elements // rows)) if data.ndim > 1 else rows
-        order = _unpermuted(_shape(tensor)[0], cfg.head_dim) if name.endswith(permuted) else None
+        order = halves(_shape(tensor)[0], cfg.head_dim, cfg.head_dim) if name.endswith(permuted) else None
         for start in range(0, rows, step):
             part = slice(start, start + step)
             try:
@@ -100,11 +100,6 @@ def open_file(path: Path) -> Source:
         read=read,
         spare=lambda name: name in FREQUENCIES,
     )
-
-
-def _unpermuted(rows: int, head_dim: int) -> np.ndarray:
-    # llama.cpp rotates neighbouring dimensions, Hugging Face dimensions half a head apart; row i of the file belongs here.
-    return np.arange(rows).reshape(-1, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)
 
 
 def _config(path: Path, header: Header) -> LlamaConfig:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from jaxprune.models._families import FAMILIES, KEYS, OURS, TRAITS
+from jaxprune.models._families import FAMILIES, KEYS, OURS, TRAITS, Family
 from jaxprune.models._hf_layers import layer_to_hf, layers_from_hf, number, positive, widths
-from jaxprune.models._hf_rope import partial_from_hf, rope_from_hf, rope_to_hf
+from jaxprune.models._hf_rope import OWN_LENGTH, partial_from_hf, rope_from_hf, rope_to_hf
 from jaxprune.models.config import LayerDims, LlamaConfig
 
 BIASES_KEY, GONE_KEY, FAMILY_KEY = "jaxprune_biases", "jaxprune_gone_layers", "jaxprune_family"
@@ -16,7 +16,7 @@ def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
 
     Reads the keys of transformers 4 and 5 (`per_layer_config`, and rope in both spellings) and two of ours: `jaxprune_biases`,
     the biases that are not zero by construction, and `jaxprune_gone_layers`, the positions of layers that the file leaves out.
-    In files of `jaxprune_llama` also `jaxprune_shortcuts`, `jaxprune_norm_width` and `jaxprune_qk_norm`, see `LlamaConfig`.
+    In files of `jaxprune_llama` also those of the settings of `LlamaConfig` that LLaMA does not have, as `jaxprune_qk_norm`.
 
     Raises:
       ValueError: an architecture or a setting that is not supported, or a key that is missing or malformed.
@@ -65,15 +65,15 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
     """The `config.json` that says what this model is, as plainly as it can be said.
 
     - All layers equal: a plain configuration that transformers loads. Layers of which nothing is left are not in the file;
-      `jaxprune_gone_layers` holds their positions. Biases that the family stores only together (LLaMA:
-      q k v o by `attention_bias`, gate up down by `mlp_bias`) are zeros where the model has none; `jaxprune_biases` names those
-      that are not.
+      `jaxprune_gone_layers` holds their positions. Biases that the family stores only together (LLaMA: q k v
+      o by `attention_bias`, gate up down by `mlp_bias`) are zeros where the model has none; `jaxprune_biases` names the others.
       The family is the model's own, or the first that can say it: llama, mistral and qwen2 differ only in biases, in
       `sliding_window`, and in that llama wants `hidden_size` to be a multiple of the number of heads.
     - Otherwise, and with shortcuts or a norm width: `model_type` is `jaxprune_llama`, which only this library loads, with
       `per_layer_config` in the schema of transformers 5, every layer in full, and `"skip": ["attention", "mlp"]` for what is
       gone. The widths outside it are 0, so that a class of transformers that is made to read it stops with an error instead of
-      building another model. `jaxprune_shortcuts`, `jaxprune_norm_width` and `jaxprune_qk_norm` are there only if they are set.
+      building another model. `jaxprune_shortcuts`, `jaxprune_norm_width`, `jaxprune_qk_norm` and so on are there only if set.
+      Tensors are LLaMA's, each array its own, in the order of dimensions that this library computes with.
 
     >>> from jaxprune.models import LayerDims, LlamaConfig, to_hf_config
     >>> cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48), LayerDims(1, 3, 40)))
@@ -108,6 +108,8 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
     for trait in table.free:
         if plain or trait == "sliding_window" or getattr(cfg, trait) != TRAITS[trait]:
             config[KEYS[trait]] = getattr(cfg, trait)
+    if OWN_LENGTH in table.defaults:
+        config[OWN_LENGTH] = dict(cfg.rope_scaling).get(OWN_LENGTH, table.defaults[OWN_LENGTH])
     if plain:
         config |= dict(rope_theta=theta, rope_scaling=scaling)  # as transformers 4 reads it
     if not plain or stored_biases(config) != cfg.biases:
@@ -130,6 +132,11 @@ def stored_biases(config: dict[str, Any]) -> tuple[str, ...]:
     table = FAMILIES[family]
     set_by = [names for key, names in table.biases.items() if config.get(key, table.defaults.get(key))]
     return sum(set_by, table.always)
+
+
+def table_of(config: dict[str, Any]) -> Family:
+    """The entry of the family of a file with this `config.json`."""
+    return FAMILIES[_family(config)]
 
 
 def numbering(config: dict[str, Any]) -> dict[int, int]:
@@ -179,7 +186,7 @@ def _refuse(config: dict[str, Any], family: str) -> None:
 
 def _can_say(family: str, cfg: LlamaConfig, dims: LayerDims) -> bool:
     table = FAMILIES[family]
-    if table.divisible and cfg.d % (dims.kv_heads * dims.q_per_kv) or dict(cfg.rope_scaling).get("rope_type") == "grid":
+    if not table.says(cfg, dims) or dict(cfg.rope_scaling).get("rope_type") == "grid":
         return False
     possible = set(sum(table.biases.values(), table.always))
     traits = TRAITS | table.fixed

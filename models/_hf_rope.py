@@ -17,7 +17,8 @@ NEEDED = dict(
     grid=("columns", "first"),
 )
 LEAST = dict(columns=1, first=0)  # of a grid
-OWN_LENGTH = ("llama3", "yarn", "longrope")  # these say how long the sequences of the original training were
+OWN_LENGTH = "original_max_position_embeddings"  # how long the sequences of the original training were
+WITH_LENGTH = ("llama3", "yarn", "longrope")
 
 
 def partial_from_hf(config: dict[str, Any]) -> float:
@@ -49,9 +50,8 @@ def rope_from_hf(config: dict[str, Any], rotary_dim: int) -> tuple[float, Pairs]
     if kind == "default":
         return theta, ()
     settings = {key: value for key, value in settings.items() if value is not None}
-    if kind in OWN_LENGTH:
-        key = "original_max_position_embeddings"  # outside the settings it goes before inside, as in transformers
-        settings[key] = config.get(key) or settings.get(key) or config.get("max_position_embeddings")
+    if kind in WITH_LENGTH:  # outside the settings it goes before inside, as in transformers
+        settings[OWN_LENGTH] = config.get(OWN_LENGTH) or settings.get(OWN_LENGTH) or config.get("max_position_embeddings")
     if missing := [key for key in NEEDED[kind] if key not in settings]:
         raise ValueError(f"config.json: rope scaling {kind!r} lacks {missing[0]}")
     for key in NEEDED[kind]:

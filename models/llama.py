@@ -59,14 +59,19 @@ def mlp(p: dict, x: jax.Array, cfg: LlamaConfig, gates: dict) -> jax.Array:
     return z * gates["f"] if "f" in gates else z
 
 
-def project(p: dict, name: str, x: jax.Array, z: jax.Array | None, gates: dict, output: dict | None = None) -> jax.Array:
+def project(
+    p: dict, name: str, x: jax.Array, z: jax.Array | None, cfg: LlamaConfig, gates: dict, output: dict | None = None
+) -> jax.Array:
     """The residual stream after a sublayer: `x + z @ p[name]` and its bias, `x` through the shortcut if there is one.
+
+    Where `p` has the sublayer's post norm, what is added goes through it.
 
     Args:
       p: arrays of the layer.
       name: `o` or `down`.
       x: residual stream before the sublayer, [b, t, d].
       z: what the projection reads, or None where the sublayer is gone.
+      cfg: the model.
       gates: as in `block`.
       output: axis letter -> probe of kind `output`, see `jaxprune.models.types`.
     """
@@ -77,7 +82,10 @@ def project(p: dict, name: str, x: jax.Array, z: jax.Array | None, gates: dict, 
         update = linear(p, name, z)
         if output:
             update = _taps.second_moment(update, output["k" if name == "o" else "f"])
-        x = x + gated(update)
+        update = gated(update)
+        if (norm := axes.POST_NORM_BEHIND[name]) in p:
+            update = rms_norm(update, p[norm], cfg.norm_eps, gates.get("d"), cfg.norm_width)
+        x = x + update
     return x + gated(p[f"{name}_bias"].astype(x.dtype)) if f"{name}_bias" in p else x
 
 
@@ -111,8 +119,8 @@ def block(
     z = None
     if "q" in p:
         z, cache = attention(p, x, cfg, rope, gate, cache, start, mask_from)
-    x = project(p, "o", x, z, gate, output)
-    return project(p, "down", x, mlp(p, x, cfg, gate) if "up" in p else None, gate, output), cache
+    x = project(p, "o", x, z, cfg, gate, output)
+    return project(p, "down", x, mlp(p, x, cfg, gate) if "up" in p else None, cfg, gate, output), cache
 
 
 def _stack(per_layer: PerLayer | None, start: int, length: int) -> Any:

@@ -56,7 +56,7 @@ def slice_gpt(
       released code sums second moments in float64.
 
     Raises:
-      ValueError: `width` is out of range, no batches, or statistics that are not finite.
+      ValueError: `width` is out of range, the model has post norms, no batches, or statistics that are not finite.
 
     Reference: Ashkboos et al., `SliceGPT <https://arxiv.org/abs/2401.15024>`_, 2024, section 3, in the order and with the
     damping of the released code. That code also subtracts the mean of the embeddings, which changes what an RMSNorm
@@ -132,6 +132,11 @@ def sliced_width(cfg: LlamaConfig, ratio: float) -> int:
 def _check(cfg: LlamaConfig, batches: Sequence[Any], width: int) -> None:
     if not 1 <= width <= cfg.d:
         raise ValueError(f"width: {width} given; allowed is 1 to {cfg.d}, the width of the residual stream")
+    if cfg.post_norms:
+        raise ValueError(
+            f"slicing: the model normalises what its sublayers add (family {cfg.family}), and no matrix can take the gains of "
+            "these norms in, so its residual stream cannot be rotated; prune other units"
+        )
     if not batches:
         raise ValueError("batches: none given; slicing needs at least one batch of calibration tokens")
 

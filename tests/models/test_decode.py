@@ -22,6 +22,7 @@ CONFIGS = dict(
     tied=BASE | dict(tie_embeddings=True),
     qk_norm=BASE | dict(qk_norm=True),
     partial=BASE | dict(partial_rotary=0.5),
+    post_norms=BASE | dict(post_norms=True),
 )
 
 
