@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from jaxprune.models.config import LayerDims, LlamaConfig
 
 OURS = "jaxprune_llama"  # what no family can say, see `jaxprune.models.to_hf_config`
+LIKE_LLAMA = ("llama", "mistral", "qwen2")  # tried in this order for a model that its own family cannot say
 # Settings of `LlamaConfig` as LLaMA has them, and the keys of `config.json` that set them.
 TRAITS: dict[str, Any] = dict(sliding_window=None, partial_rotary=1.0, qk_norm=False, post_norms=False)
 KEYS = dict(sliding_window="sliding_window", partial_rotary="partial_rotary_factor") | {

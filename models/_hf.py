@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxprune.models._families import FAMILIES, KEYS, OURS, TRAITS, Family
+from jaxprune.models._families import FAMILIES, KEYS, LIKE_LLAMA, OURS, TRAITS, Family
 from jaxprune.models._hf_layers import layer_to_hf, layers_from_hf, number, positive, widths
 from jaxprune.models._hf_rope import OWN_LENGTH, partial_from_hf, rope_from_hf, rope_to_hf
 from jaxprune.models.config import LayerDims, LlamaConfig
@@ -67,8 +67,8 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
     - All layers equal: a plain configuration that transformers loads. Layers of which nothing is left are not in the file;
       `jaxprune_gone_layers` holds their positions. Biases that the family stores only together (LLaMA: q k v
       o by `attention_bias`, gate up down by `mlp_bias`) are zeros where the model has none; `jaxprune_biases` names the others.
-      The family is the model's own, or the first that can say it: llama, mistral and qwen2 differ only in biases, in
-      `sliding_window`, and in that llama wants `hidden_size` to be a multiple of the number of heads.
+      The family is the model's own, or the first of llama, mistral and qwen2 that can say it: the three differ only in biases,
+      in `sliding_window`, and in that llama wants `hidden_size` to be a multiple of the number of heads.
     - Otherwise, and with shortcuts or a norm width: `model_type` is `jaxprune_llama`, which only this library loads, with
       `per_layer_config` in the schema of transformers 5, every layer in full, and `"skip": ["attention", "mlp"]` for what is
       gone. The widths outside it are 0, so that a class of transformers that is made to read it stops with an error instead of
@@ -83,7 +83,7 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
     alive = [dims for dims in cfg.layers if cfg.layer_arrays(dims)]
     rotated = cfg.shortcuts or cfg.norm_width is not None
     equal = len(set(alive)) == 1 and bool(alive[0].kv_heads and alive[0].ff) and not rotated
-    sayable = [f for f in (cfg.family, *FAMILIES) if equal and f != OURS and _can_say(f, cfg, alive[0])]
+    sayable = [f for f in (cfg.family, *LIKE_LLAMA) if equal and _can_say(f, cfg, alive[0])]
     family = sayable[0] if sayable else OURS
     table, plain = FAMILIES[family], family != OURS
     theta, scaling, rope = rope_to_hf(cfg)

@@ -23,13 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.models import _hf, _safetensors, _stored, axes
-from jaxprune.models._families import OURS
+from jaxprune.models._families import LIKE_LLAMA, OURS
 from jaxprune.models._layout import Rows, Source, assemble
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.types import Params
 
 FILE = "flax_model.msgpack"
-LIKE_LLAMA = ("llama", "mistral", "qwen2", OURS)
 
 
 def from_flax(tree: Any, cfg: LlamaConfig) -> Params:
@@ -144,7 +143,7 @@ def save_flax_msgpack(folder: str | Path, params: Params, cfg: LlamaConfig) -> N
 
 def _config(cfg: LlamaConfig) -> dict[str, Any]:
     config = _hf.to_hf_config(cfg)
-    if config["model_type"] not in LIKE_LLAMA:
+    if config["model_type"] not in (*LIKE_LLAMA, OURS):
         raise ValueError(
             f"Flax tree: a model of family {config['model_type']} given, which FlaxLlamaForCausalLM cannot compute; "
             f"families of Flax trees are {', '.join(LIKE_LLAMA)}; use load and save"
