@@ -14,6 +14,8 @@ KEYS = dict(sliding_window="sliding_window", partial_rotary="partial_rotary_fact
     trait: f"jaxprune_{trait}" for trait in ("qk_norm", "post_norms")
 }
 NONE: Any = MappingProxyType({})
+GEMMA = "its layers are of two kinds, with and without a window, and it scales its embeddings and caps its logits"
+REFUSED = dict(Gemma2ForCausalLM=GEMMA, Gemma3ForCausalLM=GEMMA)  # architecture -> why
 
 
 class Family(NamedTuple):

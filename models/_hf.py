@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxprune.models._families import FAMILIES, KEYS, LIKE_LLAMA, OURS, TRAITS, Family
+from jaxprune.models._families import FAMILIES, KEYS, LIKE_LLAMA, OURS, REFUSED, TRAITS, Family
 from jaxprune.models._hf_layers import layer_to_hf, layers_from_hf, number, positive, widths
 from jaxprune.models._hf_rope import OWN_LENGTH, partial_from_hf, rope_from_hf, rope_to_hf
 from jaxprune.models.config import LayerDims, LlamaConfig
@@ -153,8 +153,9 @@ def _family(config: dict[str, Any]) -> str:
     family = config.get("model_type") if named is None else by_architecture.get(str(named))
     if family not in FAMILIES:
         supported = ", ".join(table.architecture for name, table in FAMILIES.items() if name != OURS)
+        why = f" ({REFUSED[named]})" if named in REFUSED else ""
         raise ValueError(
-            f"config.json: architecture {named or config.get('model_type')!r} is not supported; supported are {supported}"
+            f"config.json: architecture {named or config.get('model_type')!r} is not supported{why}; supported are {supported}"
         )
     return family
 

@@ -119,13 +119,14 @@ def _take_apart(found: dict[str, _Place], cfg: LlamaConfig, config: dict[str, An
     for layer, number in _hf.numbering(config).items():
         size, letters = cfg.sizes(cfg.layers[layer]), cfg.layer_arrays(cfg.layers[layer])
         for fused, arrays in table.fused.items():
-            whole = found.pop(f"model.layers.{number}.{fused}", None)
-            if whole is None:
+            whole = found.get(stored := f"model.layers.{number}.{fused}")
+            if whole is None or arrays[0] not in letters:
                 continue
-            shapes = [file_shape(n, tuple(size[a] for a in letters.get(n, ""))) for n in arrays if n in letters]
-            wanted = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes else None
+            shapes = [file_shape(n, tuple(size[a] for a in letters[n])) for n in arrays]
+            wanted = (sum(shape[0] for shape in shapes), *shapes[0][1:])
             if whole.shape != wanted:
-                raise ValueError(f"{where}: tensor {whole.tensor} has shape {whole.shape}; its configuration says {wanted}")
+                raise ValueError(f"{where}: tensor {stored} has shape {whole.shape}; its configuration says {wanted}")
+            del found[stored]
             start = 0
             for n, shape in zip(arrays, shapes, strict=True):
                 found[name(n, layer)] = whole._replace(start=start, shape=shape)

@@ -127,6 +127,7 @@ def test_dtype(folder):
             dict(architectures=["GPT2LMHeadModel"]),
             "'GPT2LMHeadModel' is not supported; supported are LlamaForCausalLM, Mistral",
         ),
+        (dict(architectures=["Gemma2ForCausalLM"]), "not supported \\(its layers are of two kinds, .*\\); supported are Llama"),
         (dict(architectures="absent", model_type="gemma"), "'gemma' is not supported"),
         (dict(architectures="absent", model_type="absent"), "None is not supported"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
