@@ -78,6 +78,8 @@ def prune(
         check_goal(cfg, settings, goal)
     if settings.units == ("rotated",):
         return _sliced(params, cfg, np.asarray(tokens), settings, goal, on_step, progress)
+    if settings.target is not None:
+        recovery.check_target(cfg, settings.target)
     constraints = settings.constraints(cfg)
     if set(settings.units) <= {"kv", "mlp"} and goal is None:
         check(cfg, round(cfg.decoder_parameters * settings.ratio), constraints)

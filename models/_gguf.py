@@ -1,4 +1,4 @@
-"""GGUF files of the architectures llama, deci and qwen2, in any quantisation that the package `gguf` can undo."""
+"""GGUF files of the architectures llama, deci, qwen2 and qwen3, in any quantisation that the package `gguf` can undo."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -10,10 +10,10 @@ import numpy as np
 from jaxprune.models import _gguf_blocks
 from jaxprune.models._gguf_blocks import CONFIG_KEY, Block
 from jaxprune.models._gguf_config import FREQUENCIES, LAYER, PERMUTED, TOP, declared, shape_of
-from jaxprune.models._layout import Rows, Source
+from jaxprune.models._layout import ROTATED, Rows, Source, halves
 from jaxprune.models.config import LlamaConfig
 
-ARCHITECTURES = ("llama", "deci", "qwen2")
+ARCHITECTURES = ("llama", "deci", "qwen2", "qwen3")
 PART = 1 << 22  # numbers that are dequantised at a time
 
 
@@ -65,7 +65,7 @@ def open_file(path: Path) -> Source:
     cfg, blocks = declared(path, header.metadata, tensors)
     number = {block.layer: i for i, block in enumerate(blocks)}
     architecture = header.metadata["general.architecture"]
-    permuted = ("attn_q.weight", "attn_k.weight", "attn_q.bias", "attn_k.bias") if architecture in PERMUTED else ()
+    permuted = tuple(LAYER[n] for n in ROTATED) if architecture in PERMUTED else ()
 
     def read(name: str) -> Iterator[tuple[Rows, np.ndarray]]:
         tensor, kind = tensors[name], tensors[name].tensor_type
@@ -73,7 +73,7 @@ def open_file(path: Path) -> Source:
         data = np.memmap(path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
         rows = len(data)
         step = max(1, PART // max(1, tensor.n_elements // rows)) if data.ndim > 1 else rows
-        order = unpermuted(shape_of(tensor)[0], cfg.head_dim) if name.endswith(permuted) else None
+        order = halves(shape_of(tensor)[0], cfg.head_dim, cfg.head_dim) if name.endswith(permuted) else None
         for start in range(0, rows, step):
             part = slice(start, start + step)
             try:
@@ -108,11 +108,3 @@ def _added(
                 )
             out.add(tensor)
     return out
-
-
-def unpermuted(rows: int, head_dim: int) -> np.ndarray:
-    """Row of Hugging Face's order for each row of the file.
-
-    llama.cpp rotates neighbouring dimensions, Hugging Face dimensions half a head apart.
-    """
-    return np.arange(rows).reshape(-1, 2, head_dim // 2).swapaxes(1, 2).reshape(-1)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.models import _hf
+from jaxprune.models import _hf, axes
+from jaxprune.models._families import FAMILIES
 from jaxprune.models._gguf_blocks import CONFIG_KEY, Block, blocks
 from jaxprune.models._gguf_rope import scaling
 from jaxprune.models.config import LayerDims, LlamaConfig
@@ -19,6 +20,7 @@ LAYER = dict(
     mlp_norm="ffn_norm.weight",
     **{n: f"attn_{w}.weight" for n, w in (("q", "q"), ("k", "k"), ("v", "v"), ("o", "output"))},
     **{n: f"ffn_{n}.weight" for n in ("gate", "up", "down")},
+    **{n: f"attn_{n}.weight" for n in axes.QK_NORMS},
 )
 LAYER |= {f"{n}_bias": LAYER[n].replace("weight", "bias") for n in ("q", "k", "v", "o", "gate", "up", "down")}
 FREQUENCIES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -107,10 +109,11 @@ def stated(path: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> Lla
         max_positions=get("context_length"),
         tie_embeddings="output.weight" not in tensors,
         biases=tuple(n for n in ("q", "k", "v", "o", "gate", "up", "down") if LAYER[f"{n}_bias"] in names),
-        family="qwen2" if family == "qwen2" else "llama",
+        family=family if family in FAMILIES else "llama",
         bos_id=metadata.get("tokenizer.ggml.bos_token_id"),
         eos_ids=() if eos is None else (eos,),
         pad_id=metadata.get("tokenizer.ggml.padding_token_id"),
+        **(FAMILIES[family].fixed if family in FAMILIES else {}),
     )
     factors = {name: _vector(path, name, tensors[name]) for name in FREQUENCIES if name in tensors}
     return dataclasses.replace(cfg, rope_scaling=scaling(path, lambda key: metadata.get(f"{family}.rope.{key}"), factors, cfg))

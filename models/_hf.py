@@ -2,18 +2,11 @@
 
 from typing import Any
 
+from jaxprune.models._families import FAMILIES, KEYS, LIKE_LLAMA, OURS, REFUSED, TRAITS, Family, beyond_llama
 from jaxprune.models._hf_layers import layer_to_hf, layers_from_hf, number, positive, widths
-from jaxprune.models._hf_rope import rope_from_hf, rope_to_hf
+from jaxprune.models._hf_rope import OWN_LENGTH, partial_from_hf, rope_from_hf, rope_to_hf
 from jaxprune.models.config import LayerDims, LlamaConfig
 
-ARCHITECTURES = dict(llama="LlamaForCausalLM", mistral="MistralForCausalLM", qwen2="Qwen2ForCausalLM")
-OURS = dict(jaxprune_llama="JaxpruneLlamaForCausalLM")
-DEFAULTS: dict[str, dict[str, Any]] = dict(  # of transformers, where a family's config.json leaves a key out
-    llama=dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2),
-    mistral=dict(max_position_embeddings=131072, bos_token_id=1, eos_token_id=2, num_key_value_heads=8, sliding_window=4096),
-    qwen2=dict(max_position_embeddings=32768, num_key_value_heads=32),
-    jaxprune_llama={},
-)
 BIASES_KEY, GONE_KEY, FAMILY_KEY = "jaxprune_biases", "jaxprune_gone_layers", "jaxprune_family"
 SHORTCUTS_KEY, NORM_KEY = "jaxprune_shortcuts", "jaxprune_norm_width"
 MODULE = "modeling_jaxprune"  # what transformers loads beside the weights of a model that none of its own classes can be
@@ -25,7 +18,7 @@ def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
 
     Reads the keys of transformers 4 and 5 (`per_layer_config`, and rope in both spellings) and two of ours: `jaxprune_biases`,
     the biases that are not zero by construction, and `jaxprune_gone_layers`, the positions of layers that the file leaves out.
-    In files of `jaxprune_llama` also `jaxprune_shortcuts` and `jaxprune_norm_width`, see `LlamaConfig`.
+    In files of `jaxprune_llama` also those of the settings of `LlamaConfig` that LLaMA does not have, as `jaxprune_qk_norm`.
 
     Raises:
       ValueError: an architecture or a setting that is not supported, or a key that is missing or malformed.
@@ -37,7 +30,8 @@ def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
     ((LayerDims(kv_heads=2, q_per_kv=2, ff=48), LayerDims(kv_heads=2, q_per_kv=2, ff=48)), 8)
     """
     family = _family(config)
-    config = DEFAULTS[family] | config
+    config = {**FAMILIES[family].defaults, **config}
+    config[KEYS["partial_rotary"]] = partial_from_hf(config)
     _refuse(config, family)
     n, d = positive(config, "num_hidden_layers"), positive(config, "hidden_size")
     layers = layers_from_hf(config, n)
@@ -45,7 +39,8 @@ def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
         layers.insert(position, LayerDims(0, 0, 0))
     absent = config.get("head_dim") is None
     head_dim = d // positive(config, "num_attention_heads") if absent else positive(config, "head_dim")
-    theta, scaling = rope_from_hf(config, head_dim)
+    traits = TRAITS | FAMILIES[family].fixed | {t: config.get(KEYS[t], TRAITS[t]) for t in FAMILIES[family].free}
+    theta, scaling = rope_from_hf(config, int(head_dim * traits["partial_rotary"]))
     eos = config.get("eos_token_id")
     return LlamaConfig(
         vocab=positive(config, "vocab_size"),
@@ -58,13 +53,13 @@ def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
         max_positions=positive(config, "max_position_embeddings"),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         biases=tuple(config[BIASES_KEY]) if BIASES_KEY in config else stored_biases(config),
-        sliding_window=config.get("sliding_window") if family in ("mistral", "jaxprune_llama") else None,
-        shortcuts=family in OURS and bool(config.get(SHORTCUTS_KEY, False)),
-        norm_width=positive(config, NORM_KEY) if family in OURS and NORM_KEY in config else None,
-        family=config.get(FAMILY_KEY, "llama") if family in OURS else family,
+        shortcuts=family == OURS and bool(config.get(SHORTCUTS_KEY, False)),
+        norm_width=positive(config, NORM_KEY) if family == OURS and NORM_KEY in config else None,
+        family=config.get(FAMILY_KEY, "llama") if family == OURS else family,
         bos_id=config.get("bos_token_id"),
         eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
         pad_id=config.get("pad_token_id"),
+        **traits,
     )
 
 
@@ -80,8 +75,10 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
       transformers 5, every layer in full, and `"skip": ["attention", "mlp"]` for what is gone. `auto_map` names the classes in
       `modeling_jaxprune.py`, which `save` writes beside the weights: transformers loads them with `trust_remote_code=True` and
       refuses the folder without. The widths outside `per_layer_config` are 0, so that a class of transformers that is made to
-      read it stops with an error instead of building another model. `jaxprune_shortcuts` and `jaxprune_norm_width` are there
-      only if they are set. The rotary kind `grid` is unknown to transformers: then there is no `auto_map`.
+      read it stops with an error instead of building another model. `jaxprune_shortcuts`, `jaxprune_norm_width`,
+      `jaxprune_qk_norm` and so on are there only if they are set. Tensors are LLaMA's, each array its own, in the order of
+      dimensions that this library computes with. What that file cannot compute, the rotary kind `grid` and the norms and
+      partial rotations of other families, has no `auto_map`.
 
     >>> from jaxprune.models import LayerDims, LlamaConfig, to_hf_config
     >>> cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48), LayerDims(1, 3, 40)))
@@ -91,12 +88,12 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
     alive = [dims for dims in cfg.layers if cfg.layer_arrays(dims)]
     rotated = cfg.shortcuts or cfg.norm_width is not None
     equal = len(set(alive)) == 1 and bool(alive[0].kv_heads and alive[0].ff) and not rotated
-    sayable = [f for f in (cfg.family, *ARCHITECTURES) if equal and can_say(f, cfg, alive[0])]
-    family = sayable[0] if sayable else "jaxprune_llama"
-    plain = family in ARCHITECTURES
+    sayable = [f for f in (cfg.family, *LIKE_LLAMA) if equal and can_say(f, cfg, alive[0])]
+    family = sayable[0] if sayable else OURS
+    table, plain = FAMILIES[family], family != OURS
     theta, scaling, rope = rope_to_hf(cfg)
     config: dict[str, Any] = dict(
-        architectures=[(ARCHITECTURES | OURS)[family]],
+        architectures=[table.architecture],
         model_type=family,
         vocab_size=cfg.vocab,
         hidden_size=cfg.d,
@@ -112,23 +109,22 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
         eos_token_id=cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids) or None,
         pad_token_id=cfg.pad_id,
     )
-    if family == "llama":
-        config |= dict(
-            attention_bias=bool(set(cfg.biases) & set("qkvo")), mlp_bias=bool({"gate", "up", "down"} & set(cfg.biases))
-        )
-    elif family == "qwen2":
-        config |= dict(use_sliding_window=False)
-    else:
-        config |= dict(sliding_window=cfg.sliding_window)
+    config |= {key: bool(set(cfg.biases) & set(names)) for key, names in table.biases.items()} | table.constants
+    for trait in table.free:
+        if plain or trait == "sliding_window" or getattr(cfg, trait) != TRAITS[trait]:
+            config[KEYS[trait]] = getattr(cfg, trait)
+    if OWN_LENGTH in table.defaults:
+        config[OWN_LENGTH] = dict(cfg.rope_scaling).get(OWN_LENGTH, table.defaults[OWN_LENGTH])
     if plain:
         config |= dict(rope_theta=theta, rope_scaling=scaling)  # as transformers 4 reads it
     if plain and scaling and scaling["rope_type"] == "longrope":  # transformers 4 looks for it here only
         config |= dict(original_max_position_embeddings=scaling["original_max_position_embeddings"])
-    if family in OURS or stored_biases(config) != cfg.biases:
+    if not plain or stored_biases(config) != cfg.biases:
         config[BIASES_KEY] = list(cfg.biases)
     if not plain:
         config[FAMILY_KEY] = cfg.family
-        config |= {"auto_map": AUTO_MAP} if dict(cfg.rope_scaling).get("rope_type") != "grid" else {}
+        unknown = beyond_llama(cfg) or dict(cfg.rope_scaling).get("rope_type") == "grid"
+        config |= {} if unknown else {"auto_map": AUTO_MAP}
         config |= {SHORTCUTS_KEY: True} if cfg.shortcuts else {}
         config |= {} if cfg.norm_width is None else {NORM_KEY: cfg.norm_width}
         config["per_layer_config"] = {str(i): layer_to_hf(dims) for i, dims in enumerate(cfg.layers)}
@@ -140,11 +136,16 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
 def stored_biases(config: dict[str, Any]) -> tuple[str, ...]:
     """Which matrices have a bias in a file with this `config.json`."""
     family = _family(config)
-    if family in OURS:
+    if family == OURS:
         return tuple(config[BIASES_KEY])
-    attention = ("q", "k", "v", "o") if family == "llama" and config.get("attention_bias") else ()
-    mlp = ("gate", "up", "down") if family == "llama" and config.get("mlp_bias") else ()
-    return ("q", "k", "v") if family == "qwen2" else attention + mlp
+    table = FAMILIES[family]
+    set_by = [names for key, names in table.biases.items() if config.get(key, table.defaults.get(key))]
+    return sum(set_by, table.always)
+
+
+def table_of(config: dict[str, Any]) -> Family:
+    """The entry of the family of a file with this `config.json`."""
+    return FAMILIES[_family(config)]
 
 
 def numbering(config: dict[str, Any]) -> dict[int, int]:
@@ -157,12 +158,13 @@ def numbering(config: dict[str, Any]) -> dict[int, int]:
 def _family(config: dict[str, Any]) -> str:
     listed = config.get("architectures")
     named = listed[0] if isinstance(listed, list) and listed else listed or None
-    known = ARCHITECTURES | OURS
-    family = config.get("model_type") if named is None else {v: k for k, v in known.items()}.get(str(named))
-    if family not in known:
+    by_architecture = {table.architecture: family for family, table in FAMILIES.items()}
+    family = config.get("model_type") if named is None else by_architecture.get(str(named))
+    if family not in FAMILIES:
+        supported = ", ".join(table.architecture for name, table in FAMILIES.items() if name != OURS)
+        why = f" ({REFUSED[named]})" if named in REFUSED else ""
         raise ValueError(
-            f"config.json: architecture {named or config.get('model_type')!r} is not supported; "
-            f"supported are {', '.join(ARCHITECTURES.values())}"
+            f"config.json: architecture {named or config.get('model_type')!r} is not supported{why}; supported are {supported}"
         )
     return family
 
@@ -172,16 +174,20 @@ def _refuse(config: dict[str, Any], family: str) -> None:
         raise ValueError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; supported is 'silu'")
     if config.get("quantization_config"):
         raise ValueError("config.json: quantization_config is set; quantised checkpoints can only be read as GGUF")
-    if family == "qwen2" and (config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or [])):
+    table = FAMILIES[family]
+    windows = config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or [])
+    if windows and "use_sliding_window" in table.constants:
         raise ValueError(
             "config.json: use_sliding_window is true, so only some layers see a window; set it to false to ignore it"
         )
+    if (partial := config[KEYS["partial_rotary"]]) != 1.0 and "partial_rotary" not in table.free:
+        raise ValueError(f"config.json: partial_rotary_factor {partial} is not supported; supported is 1.0")
     biases = config.get(BIASES_KEY, [])
-    if family in OURS and BIASES_KEY not in config:
+    if family == OURS and BIASES_KEY not in config:
         raise ValueError(
             f"config.json: model_type jaxprune_llama without {BIASES_KEY}; the folder was not written by this library"
         )
-    if family not in OURS and (extra := sorted(set(biases) - set(stored_biases(config)))):
+    if family != OURS and (extra := sorted(set(biases) - set(stored_biases(config)))):
         raise ValueError(f"config.json: {BIASES_KEY} names {extra[0]!r}, for which this file has no bias")
     gone, n = config.get(GONE_KEY) or [], positive(config, "num_hidden_layers")
     if len(set(gone)) < len(gone) or set(gone) - set(range(n + len(gone))):
@@ -190,7 +196,10 @@ def _refuse(config: dict[str, Any], family: str) -> None:
 
 def can_say(family: str, cfg: LlamaConfig, dims: LayerDims) -> bool:
     """Can transformers' own class of this family be a model with the settings of `cfg` and all layers of widths `dims`?"""
-    if cfg.sliding_window is not None and family != "mistral" or dict(cfg.rope_scaling).get("rope_type") == "grid":
+    table = FAMILIES[family]
+    if not table.says(cfg, dims) or dict(cfg.rope_scaling).get("rope_type") == "grid":
         return False
-    divisible = cfg.d % (dims.kv_heads * dims.q_per_kv) == 0
-    return dict(llama=divisible, mistral=not cfg.biases, qwen2=set(cfg.biases) == set("qkv"))[family]
+    possible = set(sum(table.biases.values(), table.always))
+    traits = TRAITS | table.fixed
+    same = all(getattr(cfg, trait) == value for trait, value in traits.items() if trait not in table.free)
+    return same and set(table.always) <= set(cfg.biases) <= possible

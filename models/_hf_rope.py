@@ -17,11 +17,19 @@ NEEDED = dict(
     grid=("columns", "first"),
 )
 LEAST = dict(columns=1, first=0)  # of a grid
-OWN_LENGTH = ("llama3", "yarn", "longrope")  # these say how long the sequences of the original training were
+OWN_LENGTH = "original_max_position_embeddings"  # how long the sequences of the original training were
+WITH_LENGTH = ("llama3", "yarn", "longrope")
 
 
-def rope_from_hf(config: dict[str, Any], head_dim: int) -> tuple[float, Pairs]:
-    """The base and the scaling as sorted pairs, empty if there is none.
+def partial_from_hf(config: dict[str, Any]) -> float:
+    """The fraction of a head that rotates: inside the rotary settings it goes before outside, as in transformers."""
+    key = "partial_rotary_factor"
+    given = [config.get("rope_scaling"), config.get("rope_parameters"), config]
+    return number(dict.fromkeys([key], next((g[key] for g in given if isinstance(g, dict) and g.get(key)), 1.0)), key)
+
+
+def rope_from_hf(config: dict[str, Any], rotary_dim: int) -> tuple[float, Pairs]:
+    """The base and the scaling as sorted pairs, empty if there is none, of heads of which `rotary_dim` dimensions rotate.
 
     Raises:
       ValueError: a kind that is not supported, or settings that it lacks.
@@ -38,15 +46,12 @@ def rope_from_hf(config: dict[str, Any], head_dim: int) -> tuple[float, Pairs]:
     kind = settings.pop("rope_type", None) or old or "default"
     if kind not in _rope.SCALINGS:
         raise ValueError(f"config.json: rope scaling {kind!r} is not supported; supported are {', '.join(_rope.SCALINGS)}")
-    partial = settings.pop("partial_rotary_factor", None) or config.get("partial_rotary_factor") or 1.0
-    if partial != 1.0:
-        raise ValueError(f"config.json: partial_rotary_factor {partial} is not supported; supported is 1.0")
+    settings.pop("partial_rotary_factor", None)
     if kind == "default":
         return theta, ()
     settings = {key: value for key, value in settings.items() if value is not None}
-    if kind in OWN_LENGTH:
-        key = "original_max_position_embeddings"  # outside the settings it goes before inside, as in transformers
-        settings[key] = config.get(key) or settings.get(key) or config.get("max_position_embeddings")
+    if kind in WITH_LENGTH:  # outside the settings it goes before inside, as in transformers
+        settings[OWN_LENGTH] = config.get(OWN_LENGTH) or settings.get(OWN_LENGTH) or config.get("max_position_embeddings")
     if missing := [key for key in NEEDED[kind] if key not in settings]:
         raise ValueError(f"config.json: rope scaling {kind!r} lacks {missing[0]}")
     for key in NEEDED[kind]:
@@ -54,9 +59,9 @@ def rope_from_hf(config: dict[str, Any], head_dim: int) -> tuple[float, Pairs]:
             _whole(settings, key, LEAST[key])
         elif not key.endswith(("short_factor", "long_factor")):
             number(settings, key)
-        elif len(settings[key]) != head_dim // 2:
+        elif len(settings[key]) != rotary_dim // 2:
             raise ValueError(
-                f"config.json: {key} of the rope scaling has {len(settings[key])} numbers; it needs {head_dim // 2}"
+                f"config.json: {key} of the rope scaling has {len(settings[key])} numbers; it needs {rotary_dim // 2}"
             )
     settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
     return theta, tuple(sorted((settings | dict(rope_type=kind)).items()))
@@ -71,4 +76,6 @@ def _whole(settings: dict[str, Any], key: str, least: int) -> None:
 def rope_to_hf(cfg: LlamaConfig) -> tuple[float, dict[str, Any] | None, dict[str, Any]]:
     """`rope_theta`, `rope_scaling` and `rope_parameters`."""
     scaling = {key: list(value) if isinstance(value, tuple) else value for key, value in cfg.rope_scaling}
-    return cfg.rope_theta, scaling or None, dict(rope_theta=cfg.rope_theta, **(scaling or dict(rope_type="default")))
+    partial = {} if cfg.partial_rotary == 1.0 else dict(partial_rotary_factor=cfg.partial_rotary)
+    rope = dict(rope_theta=cfg.rope_theta, **(scaling or dict(rope_type="default")), **partial)
+    return cfg.rope_theta, scaling or None, rope

@@ -16,6 +16,7 @@ A = TypeVar("A", np.ndarray, jax.Array)
 Place = Callable[[tuple[str, ...], np.ndarray], jax.Array]
 Rows = slice | np.ndarray
 BLOCK = 64
+ROTATED = ("q", "k", "q_bias", "k_bias")  # the arrays whose rows are dimensions of heads that rotate
 
 
 class Source(NamedTuple):
@@ -59,6 +60,19 @@ def file_view(name: str, x: A) -> A:
 def file_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of `file_view`."""
     return file_view(name, np.broadcast_to(np.float32(0), shape)).shape
+
+
+def halves(rows: int, head_dim: int, rotary_dim: int) -> np.ndarray:
+    """Where the rows of a file belong that has the two dimensions of a rotary pair beside each other.
+
+    Here they are half of `rotary_dim` apart, and dimensions that do not rotate follow.
+
+    >>> from jaxprune.models._layout import halves
+    >>> halves(8, 8, 6)
+    array([0, 3, 1, 4, 2, 5, 6, 7])
+    """
+    head = np.r_[np.arange(rotary_dim).reshape(2, -1).T.reshape(-1), np.arange(rotary_dim, head_dim)]
+    return (np.arange(0, rows, head_dim)[:, None] + head).reshape(-1)
 
 
 def parts(cfg: LlamaConfig) -> Iterator[tuple[tuple[str, ...], str, list[int | None], tuple[int, ...]]]:

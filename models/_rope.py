@@ -12,14 +12,14 @@ SCALINGS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "grid"
 
 
 def frequencies(cfg: LlamaConfig, length: int) -> tuple[np.ndarray, float]:
-    """Inverse frequencies float64[h/2] and the factor on cos and sin, for sequences of at most `length` tokens.
+    """Inverse frequencies float64[rotary_dim / 2] and the factor on cos and sin, for sequences of at most `length` tokens.
 
     Reference: `linear` Chen et al., 2023; `dynamic` and `yarn` Peng et al., 2023; `longrope` Ding et al., 2024;
     `llama3` Grattafiori et al., 2024, all in the parametrisation of Hugging Face transformers.
     """
     s = dict(cfg.rope_scaling)
     kind = s.get("rope_type", s.get("type", "default"))
-    h, theta = cfg.head_dim, cfg.rope_theta
+    h, theta = cfg.rotary_dim, cfg.rope_theta
     inv = theta ** -(np.arange(0, h, 2) / h)
     if kind == "default":
         return inv, 1.0
@@ -59,18 +59,18 @@ def _yarn(s: dict, inv: np.ndarray, cfg: LlamaConfig) -> tuple[np.ndarray, float
         attention = mscale(factor, m) / mscale(factor, m_all) if m and m_all else mscale(factor)
 
     def dimension(rotations: int | float) -> float:
-        return cfg.head_dim * math.log(old / (rotations * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
+        return cfg.rotary_dim * math.log(old / (rotations * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
 
     low, high = dimension(s.get("beta_fast") or 32.0), dimension(s.get("beta_slow") or 1.0)
     if s.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, cfg.head_dim - 1)
+    low, high = max(low, 0), min(high, cfg.rotary_dim - 1)
     ramp = np.clip((np.arange(len(inv)) - low) / max(high - low, 0.001), 0, 1)
     return inv / factor * ramp + inv * (1 - ramp), attention
 
 
 def tables(cfg: LlamaConfig, positions: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32[t, h/2], at int32[t] positions."""
+    """cos and sin, float32[t, rotary_dim / 2], at int32[t] positions."""
     if dict(cfg.rope_scaling).get("rope_type") == "grid":
         return _grid(cfg, positions)
     inv, factor = frequencies(cfg, length)
@@ -86,7 +86,7 @@ def _grid(cfg: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]
     Reference: Sun et al., `LlamaGen <https://arxiv.org/abs/2406.06525>`_, 2024, section 2.2, whose code multiplies the queries
     and keys of the class token by zero instead.
     """
-    s, quarter = dict(cfg.rope_scaling), cfg.head_dim // 4
+    s, quarter = dict(cfg.rope_scaling), cfg.rotary_dim // 4
     inv = jnp.asarray(cfg.rope_theta ** -(np.arange(quarter) / quarter), jnp.float32)
     place = positions - s["first"]
     row, column = (jnp.where(place < 0, 0, x).astype(jnp.float32)[:, None] for x in jnp.divmod(place, s["columns"]))
@@ -95,8 +95,9 @@ def _grid(cfg: LlamaConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates `x` [b, t, ..., h]: dimension i and i + h/2 form a pair."""
+    """Rotates the first r dimensions of `x` [b, t, ..., h], by [t, r/2]: dimensions i and i + r/2 form a pair."""
     shape = (1, cos.shape[0]) + (1,) * (x.ndim - 3) + (cos.shape[1],)
     cos, sin = cos.reshape(shape), sin.reshape(shape)
-    a, b = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    half = cos.shape[-1]
+    a, b, rest = jnp.split(x.astype(jnp.promote_types(x.dtype, jnp.float32)), (half, 2 * half), -1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1).astype(x.dtype)

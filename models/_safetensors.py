@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -12,8 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxprune.models import _hf, axes
-from jaxprune.models._layout import Rows, Source
+from jaxprune.models._layout import ROTATED, Rows, Source, file_shape, halves
 from jaxprune.models._stored import Stored
+from jaxprune.models.config import LlamaConfig
 
 NAMES = dict(
     embed="model.embed_tokens.weight",
@@ -22,10 +23,11 @@ NAMES = dict(
     attn_norm="input_layernorm.weight",
     mlp_norm="post_attention_layernorm.weight",
     **{n: f"self_attn.{n}_proj.weight" for n in "qkvo"},
+    **{n: f"self_attn.{n}.weight" for n in axes.QK_NORMS},
     **{n: f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")},
     **{f"{n}_bias": f"self_attn.{n}_proj.bias" for n in "qkvo"},
     **{f"{n}_bias": f"mlp.{n}_proj.bias" for n in ("gate", "up", "down")},
-    **{n: f"{n}.weight" for n in axes.SHORTCUTS},
+    **{n: f"{n}.weight" for n in axes.SHORTCUTS | axes.POST_NORMS},
 )
 DTYPES = {n: np.dtype(t) for n, t in dict(F32=np.float32, F16=np.float16, BF16=ml_dtypes.bfloat16).items()}
 PART = 1 << 22  # numbers that are read at a time
@@ -33,9 +35,29 @@ SHARD = 1 << 30  # bytes of tensors in one file
 
 
 def tensor_names(config: dict[str, Any]) -> Callable[[str, int | None], str]:
-    """(array name, layer of the model) -> tensor name in a file with this `config.json`."""
-    numbers = _hf.numbering(config)
-    return lambda name, layer: NAMES[name] if layer is None else f"model.layers.{numbers[layer]}.{NAMES[name]}"
+    """(array name, layer of the model) -> tensor name in a file with this `config.json`.
+
+    An array that shares its tensor with others has the name of that tensor, and its own in brackets.
+    """
+    numbers, table = _hf.numbering(config), _hf.table_of(config)
+    own = NAMES | table.names
+    own |= {name: f"{fused}[{name}]" for fused, names in table.fused.items() for name in names}
+
+    def name(array: str, layer: int | None) -> str:
+        return own[array] if layer is None else f"model.layers.{numbers[layer]}.{own.get(array, array)}"
+
+    return name
+
+
+class _Place(NamedTuple):
+    """Rows of a tensor in a file, and where they belong in the array that they are, or None for as they come."""
+
+    file: Path
+    tensor: str
+    start: int
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    order: np.ndarray | None = None
 
 
 def open_folder(folder: Path) -> Source:
@@ -49,7 +71,7 @@ def open_folder(folder: Path) -> Source:
         raise FileNotFoundError(f"{folder}: no config.json; a checkpoint folder holds config.json and model.safetensors")
     config = read_json(folder / "config.json")
     cfg = _hf.from_hf_config(config)
-    found: dict[str, tuple[Path, tuple[int, ...], np.dtype]] = {}
+    found: dict[str, _Place] = {}
     for file in _files(folder):
         with _opened(file) as f:
             for name in f.keys():  # noqa: SIM118 (not a dict)
@@ -58,18 +80,20 @@ def open_folder(folder: Path) -> Source:
                     raise ValueError(
                         f"{file}: tensor {name} is stored as {tensor.get_dtype()}; supported are {', '.join(DTYPES)}"
                     )
-                found[name] = file, tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()]
+                found[name] = _Place(file, name, 0, tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()])
     if not found:
         raise ValueError(f"{folder}: the checkpoint holds no tensors")
+    _take_apart(found, cfg, config, str(folder))
 
     def read(name: str) -> Iterator[tuple[Rows, np.ndarray]]:
-        file, shape, _ = found[name]
-        step = max(1, PART // max(1, math.prod(shape[1:])))
-        with _opened(file) as f:
-            tensor = f.get_slice(name)
-            for start in range(0, shape[0], step):
-                end = min(start + step, shape[0])
-                yield slice(start, end), tensor[start:end]
+        place = found[name]
+        rows, step = place.shape[0], max(1, PART // max(1, math.prod(place.shape[1:])))
+        with _opened(place.file) as f:
+            tensor = f.get_slice(place.tensor)
+            for start in range(0, rows, step):
+                part = slice(start, min(start + step, rows))
+                values = tensor[place.start + part.start : place.start + part.stop]
+                yield part if place.order is None else place.order[part], values
 
     absent = tuple(NAMES[f"{n}_bias"] for n in set(_hf.stored_biases(config)) - set(cfg.biases))
     for name in found:
@@ -81,12 +105,35 @@ def open_folder(folder: Path) -> Source:
     return Source(
         where=str(folder),
         cfg=cfg,
-        dtype=np.result_type(*{dtype for _, _, dtype in found.values()}),
-        shapes={name: shape for name, (_, shape, _) in found.items()},
+        dtype=np.result_type(*{place.dtype for place in found.values()}),
+        shapes={name: place.shape for name, place in found.items()},
         name=tensor_names(config),
         read=read,
         spare=lambda name: name.endswith(("rotary_emb.inv_freq", *absent, *tied)),
     )
+
+
+def _take_apart(found: dict[str, _Place], cfg: LlamaConfig, config: dict[str, Any], where: str) -> None:
+    """Replaces each tensor that holds several arrays by its parts, and says where rows belong that are in another order."""
+    name, table = tensor_names(config), _hf.table_of(config)
+    for layer, number in _hf.numbering(config).items():
+        size, letters = cfg.sizes(cfg.layers[layer]), cfg.layer_arrays(cfg.layers[layer])
+        for fused, arrays in table.fused.items():
+            whole = found.get(stored := f"model.layers.{number}.{fused}")
+            if whole is None or arrays[0] not in letters:
+                continue
+            shapes = [file_shape(n, tuple(size[a] for a in letters[n])) for n in arrays]
+            wanted = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+            if whole.shape != wanted:
+                raise ValueError(f"{where}: tensor {stored} has shape {whole.shape}; its configuration says {wanted}")
+            del found[stored]
+            start = 0
+            for n, shape in zip(arrays, shapes, strict=True):
+                found[name(n, layer)] = whole._replace(start=start, shape=shape)
+                start += shape[0]
+        for n in ROTATED if table.interleaved else ():
+            if place := found.get(name(n, layer)):
+                found[name(n, layer)] = place._replace(order=halves(place.shape[0], cfg.head_dim, cfg.rotary_dim))
 
 
 def write(folder: Path, tensors: list[Stored], name: Callable[[str, int | None], str], shard: int = SHARD) -> None:

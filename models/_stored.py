@@ -1,4 +1,4 @@
-"""What a file holds of a model: one tensor per layer and matrix, in the file's layout, and zeros for biases it must have."""
+"""What a file holds of a model: its tensors in the file's layout, and zeros for biases that it must have."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxprune.models import _hf
-from jaxprune.models._layout import file_shape, file_view, parts
+from jaxprune.models._layout import ROTATED, file_shape, file_view, halves, parts
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.params import shapes
 from jaxprune.models.types import Params
@@ -20,7 +20,7 @@ class Stored(NamedTuple):
     """One tensor of a file.
 
     Attributes:
-      name: our name of the array, e.g. `q`.
+      name: our name of the array, e.g. `q`, or the file's name below the layer of a tensor that holds several.
       layer: number of the layer in the model, or None at the top.
       shape: in the file.
       dtype: of its numbers.
@@ -46,7 +46,25 @@ def tensors(params: Params, cfg: LlamaConfig, config: dict[str, Any]) -> list[St
       ValueError: `params` is not a tree of `cfg`.
     """
     check_tree(params, cfg)
-    return [*own(params, cfg), *_padding(params, cfg, config)]
+    table = _hf.table_of(config)
+    out = {(tensor.name, tensor.layer): tensor for tensor in (*own(params, cfg), *_padding(params, cfg, config))}
+    if table.interleaved:
+        for key in [key for key in out if key[0] in ROTATED]:
+            order = halves(out[key].shape[0], cfg.head_dim, cfg.rotary_dim)
+            out[key] = out[key]._replace(values=functools.partial(_ordered, out[key].values, order))
+    for fused, arrays in table.fused.items():
+        for layer in sorted({layer for name, layer in out if name == arrays[0] and layer is not None}):
+            out[fused, layer] = _joined(fused, [out.pop((name, layer)) for name in arrays])
+    return list(out.values())
+
+
+def _ordered(values: Callable[[], np.ndarray], order: np.ndarray) -> np.ndarray:
+    return values()[order]
+
+
+def _joined(name: str, tensors: list[Stored]) -> Stored:
+    shape = (sum(tensor.shape[0] for tensor in tensors), *tensors[0].shape[1:])
+    return tensors[0]._replace(name=name, shape=shape, values=lambda: np.concatenate([tensor.values() for tensor in tensors]))
 
 
 def check_tree(params: Params, cfg: LlamaConfig) -> None:

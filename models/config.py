@@ -46,10 +46,13 @@ class LlamaConfig:
       tie_embeddings: the output head is the transposed embedding.
       biases: which of q k v o gate up down add a bias.
       sliding_window: a token attends to at most this many last tokens (Mistral), or None.
+      partial_rotary: fraction of a head that rotates: its first `rotary_dim` dimensions (GLM).
+      qk_norm: each query and each key goes through an RMSNorm over its head dimension before it rotates (Qwen3).
+      post_norms: what a sublayer adds to the residual stream goes through an RMSNorm of its own before (GLM-4-0414).
       shortcuts: every layer has two matrices [d, d] that the residual stream is multiplied by before its attention and its MLP
         add to it, see `jaxprune.recovery.slice_gpt`.
       norm_width: what RMSNorm divides the sum of squares by, or None for the width of what it norms.
-      family: the Hugging Face `model_type` that it was loaded from: `llama`, `mistral` or `qwen2`.
+      family: the Hugging Face `model_type` that it was loaded from, a key of `jaxprune.models._families.FAMILIES`.
       bos_id, eos_ids, pad_id: special tokens, as far as the checkpoint names them.
     """
 
@@ -64,6 +67,9 @@ class LlamaConfig:
     tie_embeddings: bool = False
     biases: tuple[str, ...] = ()
     sliding_window: int | None = None
+    partial_rotary: float = 1.0
+    qk_norm: bool = False
+    post_norms: bool = False
     shortcuts: bool = False
     norm_width: int | None = None
     family: str = "llama"
@@ -75,14 +81,26 @@ class LlamaConfig:
         unknown = set(self.biases) - set(axes.MATRICES)
         if unknown:
             raise ValueError(f"biases: {sorted(unknown)} given; allowed are {axes.MATRICES}")
+        if self.post_norms and (added := [n for n in ("o", "down") if n in self.biases]):
+            raise ValueError(f"biases: {added} given with post_norms; a bias that is normalised afterwards is not supported")
         if not self.layers:
             raise ValueError("layers: none given; a model needs at least one LayerDims")
         if self.head_dim % 2:
             raise ValueError(f"head_dim: {self.head_dim} given; rotary embeddings need an even number")
+        if not 0 < self.partial_rotary <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError(
+                f"partial_rotary: {self.partial_rotary} of heads of {self.head_dim} given; "
+                "it must be above 0, at most 1, and make an even number of dimensions rotate"
+            )
         if self.norm_width is not None and self.norm_width < 1:
             raise ValueError(f"norm_width: {self.norm_width} given; it must be at least 1, or None for the width of the stream")
         if any(n < 0 for dims in self.layers for n in dims):
             raise ValueError(f"layers: negative widths in {self.layers}; use 0 for a sublayer that is gone")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that rotate."""
+        return int(self.head_dim * self.partial_rotary)
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -115,7 +133,10 @@ class LlamaConfig:
         >>> cfg.layer_arrays(LayerDims(0, 0, 48))
         {'mlp_norm': 'd', 'gate': 'df', 'up': 'df', 'down': 'fd', 'o_bias': 'd'}
         """
-        weights = (axes.ATTENTION if dims.kv_heads else {}) | (axes.MLP if dims.ff else {})
+        post = axes.POST_NORMS if self.post_norms else {}
+        attention = axes.ATTENTION | (axes.QK_NORMS if self.qk_norm else {}) | {n: a for n, a in post.items() if n[0] == "a"}
+        mlp = axes.MLP | {n: a for n, a in post.items() if n[0] == "m"}
+        weights = (attention if dims.kv_heads else {}) | (mlp if dims.ff else {})
         biases = {f"{n}_bias": axes.BIASES[f"{n}_bias"] for n in axes.MATRICES if n in self.biases}
         gone = ("" if dims.kv_heads else "k") + ("" if dims.ff else "f")
         shortcuts = axes.SHORTCUTS if self.shortcuts else {}

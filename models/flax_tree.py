@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.models import _hf, _safetensors, _stored, axes
+from jaxprune.models._families import LIKE_LLAMA, OURS
 from jaxprune.models._layout import Rows, Source, assemble
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.types import Params
@@ -39,7 +40,8 @@ def from_flax(tree: Any, cfg: LlamaConfig) -> Params:
       cfg: the model, e.g. `from_hf_config` of its `config.json`.
 
     Raises:
-      ValueError: an array that is missing, has another shape, has no place in the model, or is not finite.
+      ValueError: an array that is missing, has another shape, has no place in the model, or is not finite; or a family that
+        transformers 4 did not have in Flax.
     """
     from flax import traverse_util
     from flax.core import unfreeze
@@ -47,7 +49,7 @@ def from_flax(tree: Any, cfg: LlamaConfig) -> Params:
     flat = {"/".join(path): np.asarray(x) for path, x in traverse_util.flatten_dict(unfreeze(tree)).items()}
     if flat and all(name.startswith("params/") for name in flat):
         flat = {name.removeprefix("params/"): x for name, x in flat.items()}
-    config = _hf.to_hf_config(cfg)
+    config = _config(cfg)
     stored = {name: x if name.endswith("embedding") else x.T for name, x in flat.items()}
     padding = {f"{n}_proj/bias" for n in set(_hf.stored_biases(config)) - set(cfg.biases)}
     zeros = {name for name in stored if name.split("/", 4)[-1] in padding}
@@ -84,10 +86,13 @@ def to_flax(params: Params, cfg: LlamaConfig) -> dict[str, Any]:
 
     Returns:
       Nested dicts of numpy arrays.
+
+    Raises:
+      ValueError: a family that transformers 4 did not have in Flax.
     """
     from flax import traverse_util
 
-    config = _hf.to_hf_config(cfg)
+    config = _config(cfg)
     name = _names(config)
     flat = {}
     for tensor in _stored.tensors(params, cfg, config):
@@ -134,6 +139,16 @@ def save_flax_msgpack(folder: str | Path, params: Params, cfg: LlamaConfig) -> N
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(_hf.to_hf_config(cfg), indent=2) + "\n", encoding="utf-8")
     (folder / FILE).write_bytes(serialization.to_bytes(tree))
+
+
+def _config(cfg: LlamaConfig) -> dict[str, Any]:
+    config = _hf.to_hf_config(cfg)
+    if config["model_type"] not in (*LIKE_LLAMA, OURS):
+        raise ValueError(
+            f"Flax tree: a model of family {config['model_type']} given, which FlaxLlamaForCausalLM cannot compute; "
+            f"families of Flax trees are {', '.join(LIKE_LLAMA)}; use load and save"
+        )
+    return config
 
 
 def _names(config: dict[str, Any]) -> Callable[[str, int | None], str]:

@@ -40,9 +40,10 @@ def _add_bias(p: dict, name: str, x: jax.Array) -> jax.Array:
 def attention(p: dict, x: jax.Array, cfg: LlamaConfig, rope, gates: dict, cache: dict | None = None, start=0, mask_from=None):
     """What the output projection of the attention reads, [b, t, k, g, h], and the new cache; arguments as in `block`."""
     y = rms_norm(x, p["attn_norm"], cfg.norm_eps, gates.get("d"), cfg.norm_width)
-    q = _rope.rotate(_add_bias(p, "q", linear(p, "q", y)), *rope)
-    k = _rope.rotate(_add_bias(p, "k", linear(p, "k", y)), *rope)
-    v = _add_bias(p, "v", linear(p, "v", y))
+    q, k, v = (_add_bias(p, name, linear(p, name, y)) for name in "qkv")
+    if cfg.qk_norm:
+        q, k = rms_norm(q, p["q_norm"], cfg.norm_eps), rms_norm(k, p["k_norm"], cfg.norm_eps)
+    q, k = _rope.rotate(q, *rope), _rope.rotate(k, *rope)
     if cache is not None:
         k = jax.lax.dynamic_update_slice(cache["k"], k, (0, start, 0, 0))
         v = jax.lax.dynamic_update_slice(cache["v"], v, (0, start, 0, 0))
@@ -58,26 +59,34 @@ def mlp(p: dict, x: jax.Array, cfg: LlamaConfig, gates: dict) -> jax.Array:
     return z * gates["f"] if "f" in gates else z
 
 
-def project(p: dict, name: str, x: jax.Array, z: jax.Array | None, gates: dict, output: dict | None = None) -> jax.Array:
+def project(
+    p: dict, name: str, x: jax.Array, z: jax.Array | None, cfg: LlamaConfig, gates: dict, output: dict | None = None
+) -> jax.Array:
     """The residual stream after a sublayer: `x + z @ p[name]` and its bias, `x` through the shortcut if there is one.
+
+    Where `p` has the sublayer's post norm, what is added goes through it.
 
     Args:
       p: arrays of the layer.
       name: `o` or `down`.
       x: residual stream before the sublayer, [b, t, d].
       z: what the projection reads, or None where the sublayer is gone.
+      cfg: the model.
       gates: as in `block`.
       output: axis letter -> probe of kind `output`, see `jaxprune.models.types`.
     """
+    gated = (lambda y: y * gates["d"]) if "d" in gates else (lambda y: y)
     if (shortcut := axes.SHORTCUT_BESIDE[name]) in p:
-        x = linear(p, shortcut, x)
-        x = x * gates["d"] if "d" in gates else x
+        x = gated(linear(p, shortcut, x))
     if z is not None:
         update = linear(p, name, z)
         if output:
             update = _taps.second_moment(update, output["k" if name == "o" else "f"])
-        x = x + (update * gates["d"] if "d" in gates else update)
-    return _add_bias(p, name, x)
+        update = gated(update)
+        if (norm := axes.POST_NORM_BEHIND[name]) in p:
+            update = rms_norm(update, p[norm], cfg.norm_eps, gates.get("d"), cfg.norm_width)
+        x = x + update
+    return x + gated(p[f"{name}_bias"].astype(x.dtype)) if f"{name}_bias" in p else x
 
 
 def block(
@@ -110,8 +119,8 @@ def block(
     z = None
     if "q" in p:
         z, cache = attention(p, x, cfg, rope, gate, cache, start, mask_from)
-    x = project(p, "o", x, z, gate, output)
-    return project(p, "down", x, mlp(p, x, cfg, gate) if "up" in p else None, gate, output), cache
+    x = project(p, "o", x, z, cfg, gate, output)
+    return project(p, "down", x, mlp(p, x, cfg, gate) if "up" in p else None, cfg, gate, output), cache
 
 
 def _stack(per_layer: PerLayer | None, start: int, length: int) -> Any:

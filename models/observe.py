@@ -50,7 +50,7 @@ def sublayer(p: dict, name: str, x: jax.Array, cfg: LlamaConfig) -> jax.Array:
     Args:
       p, name, x, cfg: as in `reads`.
     """
-    return project(p, name, x, reads(p, name, x, cfg) if name in p else None, {})
+    return project(p, name, x, reads(p, name, x, cfg) if name in p else None, cfg, {})
 
 
 Reduce = Callable[[dict[Axis, Site]], Any]
@@ -89,7 +89,7 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
                 z, before = None, x
                 if name in p:
                     z = reads(p, name, x, cfg)
-                x = project(p, name, x, z, {})
+                x = project(p, name, x, z, cfg, {})
                 if z is not None:
                     norm = p["attn_norm" if axis == "k" else "mlp_norm"]
                     sites[axis] = Site(p[name], z, rms_norm(before, norm, cfg.norm_eps, width=cfg.norm_width), before, x)

@@ -4,7 +4,7 @@ from jaxprune.recovery import lora
 from jaxprune.recovery.least_squares import admm, least_squares_to, masked_least_squares, nested_least_squares
 from jaxprune.recovery.loss import AdapterLoss, lm_loss
 from jaxprune.recovery.obs import greedy
-from jaxprune.recovery.reconstruct import TARGETS, reconstruct
+from jaxprune.recovery.reconstruct import TARGETS, check_target, reconstruct
 from jaxprune.recovery.slicing import slice_gpt, sliced_width
 from jaxprune.recovery.train import fit, schedule_and_optimizer
 
@@ -12,6 +12,7 @@ __all__ = [
     "TARGETS",
     "AdapterLoss",
     "admm",
+    "check_target",
     "fit",
     "greedy",
     "least_squares_to",

@@ -55,7 +55,7 @@ def reconstruct(
       after `bias`. What is not pruned keeps its bits; layers before the first pruned one are not touched.
 
     Raises:
-      ValueError: unknown target, no batches, or statistics that are not finite.
+      ValueError: unknown target, one that the model does not allow, no batches, or statistics that are not finite.
 
     Reference: `dense` and `weights` are the compensation of Shen et al., `Numerical Pruning <https://arxiv.org/abs/2412.12441>`_,
     2024, theorem 3; `admm` is the reformation of Shen et al., `Search for Efficient Large Language Models
@@ -70,8 +70,7 @@ def reconstruct(
     >>> bool((fitted["run_0"]["down"][1, 40:] == 0).all()), bool((fitted["run_0"]["o"] == params["run_0"]["o"]).all())
     (True, True)
     """
-    if target not in TARGETS:
-        raise ValueError(f"target: {target!r} given; allowed are {', '.join(TARGETS)}")
+    check_target(cfg, target)
     if not batches:
         raise ValueError("batches: none given; reconstruction needs at least one batch of calibration tokens")
     new_cfg = _with_biases(cfg) if target == "bias" else cfg
@@ -103,6 +102,17 @@ def reconstruct(
                 _advance(_with(part, OUTPUT[axis], fitted[OUTPUT[axis]]), axis, pruned, cfg)
     new = {name: params.get(name, {}) | jax.tree.map(jnp.asarray, arrays) for name, arrays in out.items() if arrays}
     return params | new, new_cfg
+
+
+def check_target(cfg: LlamaConfig, target: str) -> None:
+    """Raises ValueError unless `reconstruct` knows the target and can fit it to a model of this configuration."""
+    if target not in TARGETS:
+        raise ValueError(f"target: {target!r} given; allowed are {', '.join(TARGETS)}")
+    if cfg.post_norms and target in ("residual", "bias"):
+        raise ValueError(
+            f"reconstruct: {target} given, but this model normalises what its sublayers add (family {cfg.family}), so no "
+            "weights bring that nearer in closed form; allowed are dense, weights and none"
+        )
 
 
 def _writable(params: Params, run: Run, cfg: LlamaConfig) -> dict[str, np.ndarray]:
@@ -188,7 +198,7 @@ def _step(p, kept, index, axis, dense, pruned, sums: _Sums, target, cfg):
     """The dense model's residual stream after a sublayer, and the sums with one more batch."""
     name = OUTPUT[axis]
     z = reads(p, name, dense, cfg)
-    after = project(p, name, dense, z, {})
+    after = project(p, name, dense, z, cfg, {})
     if target == "bias":
         rows = _rows(z)
         return after, sums._replace(total=sums.total + rows.sum(0), tokens=sums.tokens + len(rows))
@@ -196,11 +206,11 @@ def _step(p, kept, index, axis, dense, pruned, sums: _Sums, target, cfg):
         return after, sums
     if target == "residual":
         x = reads(kept, name, pruned, cfg)
-        start = project(p, name, pruned, None, {})  # through the shortcut, with the bias
+        start = project(p, name, pruned, None, cfg, {})  # through the shortcut, with the bias
         y = after.astype(jnp.float32) - start.astype(jnp.float32)
     else:
         z = z if target == "dense" else reads(p, name, pruned, cfg)
-        x, y = jnp.take(z, index, axis=2), project({name: p[name]}, name, jnp.zeros_like(dense), z, {})
+        x, y = jnp.take(z, index, axis=2), project({name: p[name]}, name, jnp.zeros_like(dense), z, cfg, {})
     rows, wanted = _rows(x), _rows(y)
     gram, target_sum = (jnp.matmul(a.T, rows, precision="highest") for a in (rows, wanted))
     return after, sums._replace(gram=sums.gram + gram, target=sums.target + target_sum)

@@ -56,7 +56,7 @@ def slice_gpt(
       released code sums second moments in float64.
 
     Raises:
-      ValueError: `width` is out of range, no batches, or statistics that are not finite.
+      ValueError: `width` is out of range, the model has post norms, no batches, or statistics that are not finite.
 
     Reference: Ashkboos et al., `SliceGPT <https://arxiv.org/abs/2401.15024>`_, 2024, section 3, in the order and with the
     damping of the released code. That code also subtracts the mean of the embeddings, which changes what an RMSNorm
@@ -82,7 +82,7 @@ def slice_gpt(
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "slicing"):
         name, i, dims = where[layer]
         p = {n: params[name][n][i] for n in cfg.layer_arrays(dims)}
-        out: dict[str, jax.Array] = {}
+        out: dict[str, jax.Array] = {n: x for n, x in p.items() if "d" not in axes.LAYER[n]}
         for writes, norm, readers in SUBLAYERS:
             stream = [_after(p, writes, x, q, cfg) for x in stream]
             after = _components(stream, width, f"layer {layer}") if writes in p else q
@@ -132,6 +132,11 @@ def sliced_width(cfg: LlamaConfig, ratio: float) -> int:
 def _check(cfg: LlamaConfig, batches: Sequence[Any], width: int) -> None:
     if not 1 <= width <= cfg.d:
         raise ValueError(f"width: {width} given; allowed is 1 to {cfg.d}, the width of the residual stream")
+    if cfg.post_norms:
+        raise ValueError(
+            f"slicing: the model normalises what its sublayers add (family {cfg.family}), and no matrix can take the gains of "
+            "these norms in, so its residual stream cannot be rotated; prune other units"
+        )
     if not batches:
         raise ValueError("batches: none given; slicing needs at least one batch of calibration tokens")
 
@@ -191,9 +196,7 @@ def _rotated(p: dict, writes: str, norm: str, readers: tuple[str, ...], q: jax.A
     out = {shortcut: jnp.matmul(q.T, turn, precision="highest").astype(dtype)}
     if writes in p:
         out |= {norm: jnp.ones(q.shape[1], p[norm].dtype), writes: _matmul(p[writes], after)}
-        out |= {n: _read(p[norm], p[n], q) for n in readers} | {
-            f"{n}_bias": p[f"{n}_bias"] for n in readers if f"{n}_bias" in p
-        }
+        out |= {n: _read(p[norm], p[n], q) for n in readers}
     if f"{writes}_bias" in p:
         out[f"{writes}_bias"] = _matmul(p[f"{writes}_bias"], after)
     return out

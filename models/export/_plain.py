@@ -1,6 +1,7 @@
 """What keeps a model from being one of transformers' own classes, and the uniform shape that all its layers fit in."""
 
 from jaxprune.models import _hf
+from jaxprune.models._families import LIKE_LLAMA, OURS
 from jaxprune.models.config import LayerDims, LlamaConfig
 
 NONE = LayerDims(0, 0, 0)
@@ -12,13 +13,13 @@ def kept(cfg: LlamaConfig) -> dict[int, LayerDims]:
 
 
 def is_plain(cfg: LlamaConfig) -> bool:
-    """Does `to_hf_config` say it as LLaMA, Mistral or Qwen2?"""
-    return _hf.to_hf_config(cfg)["model_type"] in _hf.ARCHITECTURES
+    """Does `to_hf_config` say it as a class of transformers?"""
+    return _hf.to_hf_config(cfg)["model_type"] != OURS
 
 
 def sayable(cfg: LlamaConfig, dims: LayerDims) -> bool:
     """Is there a family whose layers can all have widths `dims`?"""
-    return any(_hf.can_say(family, cfg, dims) for family in _hf.ARCHITECTURES)
+    return any(_hf.can_say(family, cfg, dims) for family in (cfg.family, *LIKE_LLAMA))
 
 
 def widest(cfg: LlamaConfig) -> LayerDims:

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 
 from jaxprune.models import _stored
-from jaxprune.models._gguf import PART, unpermuted
+from jaxprune.models._families import beyond_llama
+from jaxprune.models._gguf import PART
 from jaxprune.models._gguf_blocks import LEAST_FF, architecture, blocks
 from jaxprune.models._gguf_config import PERMUTED
+from jaxprune.models._layout import ROTATED, halves
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.export._gguf_metadata import add_model, add_tokenizer, rope_problem
 from jaxprune.models.export._gguf_tensors import ALIGNMENT, QUANTIZATIONS, Tensor, divisors, ggml_type, tensors, too_narrow
@@ -41,6 +43,8 @@ def problems(cfg: LlamaConfig) -> list[str]:
         )
     if (rope := rope_problem(cfg)) is not None:
         found.append(rope)
+    for what in beyond_llama(cfg):
+        found.append(f"{what} of family {cfg.family}: llama and deci have none; export as hf")
     if not blocks(cfg):
         found.append(f"nothing is left of its {len(cfg.layers)} layers; keep at least one sublayer")
     return found
@@ -120,8 +124,8 @@ def write(
                 rows = values[place]()
             else:
                 rows = np.broadcast_to(np.float32(0), tensor.shape)
-            if tensor.array in ("q", "k", "q_bias", "k_bias") and architecture(cfg) in PERMUTED:
-                rows = rows[unpermuted(len(rows), cfg.head_dim)]
+            if tensor.array in ROTATED and architecture(cfg) in PERMUTED:
+                rows = rows[halves(len(rows), cfg.head_dim, cfg.head_dim)]
             out.write_tensor_data(_encoded(tensor, rows))
     note = too_narrow(cfg, quantization)
     return [] if note is None else [note]

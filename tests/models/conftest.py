@@ -27,10 +27,11 @@ def oracle():
         import torch
         import transformers
 
-        kinds = dict(llama="Llama", mistral="Mistral", qwen2="Qwen2")
-        config = getattr(transformers, f"{kinds[family]}Config")(**SIZES | settings)
+        from jaxprune.models._families import FAMILIES
+
+        kind = getattr(transformers, FAMILIES[family].architecture)
         torch.manual_seed(0)
-        model = getattr(transformers, f"{kinds[family]}ForCausalLM")(config).float().eval()
+        model = kind(kind.config_class(**SIZES | settings)).float().eval()
         with torch.no_grad():
             for name, x in model.named_parameters():
                 if name.endswith("bias") or "norm" in name:

@@ -127,6 +127,7 @@ def test_dtype(folder):
             dict(architectures=["GPT2LMHeadModel"]),
             "'GPT2LMHeadModel' is not supported; supported are LlamaForCausalLM, Mistral",
         ),
+        (dict(architectures=["Gemma2ForCausalLM"]), "not supported \\(its layers are of two kinds, .*\\); supported are Llama"),
         (dict(architectures="absent", model_type="gemma"), "'gemma' is not supported"),
         (dict(architectures="absent", model_type="absent"), "None is not supported"),
         (dict(hidden_act="gelu"), "hidden_act 'gelu'"),
@@ -147,6 +148,9 @@ def test_dtype(folder):
         (dict(rope_scaling=dict(type="longrope", short_factor=[1], long_factor=[1])), "short_factor .* 1 numbers; it needs 4"),
         (dict(rope_scaling=None, rope_parameters=dict(full_attention=dict(rope_theta=1.0))), "differ between kinds of layers"),
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
+        (dict(partial_rotary_factor="half"), "partial_rotary_factor 'half' given; it must be a positive number"),
+        (dict(architectures=["Qwen3ForCausalLM"]), "self_attn.k_norm.weight is missing"),
+        (dict(architectures=["Qwen3ForCausalLM"], use_sliding_window=True), "only some layers see a window"),
         (dict(architectures=["Qwen2ForCausalLM"], use_sliding_window=True), "only some layers see a window"),
         (dict(per_layer_config={"5": {}}), "names layer '5'; the layers are 0 to 1"),
         (dict(per_layer_config={"x": {}}), "names layer 'x'"),
@@ -160,6 +164,12 @@ def test_dtype(folder):
 def test_configurations(folder, changes, match):
     edit_config(folder, **changes)
     refused(folder, match)
+
+
+@pytest.mark.parametrize("part", [0.0, -0.5, 1.5, 0.1, 0.375])
+def test_a_part_of_a_head_that_cannot_rotate(part):
+    with pytest.raises(ValueError, match=f"partial_rotary: {part} of heads of 8 given"):
+        LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48),), partial_rotary=part)
 
 
 def test_configuration_is_not_json(folder):

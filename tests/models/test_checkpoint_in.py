@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxprune import models
+from jaxprune.models._families import FAMILIES, OURS
 
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
 LONG = dict(rope_type="longrope", factor=4.0, original_max_position_embeddings=16)
@@ -134,22 +135,25 @@ def test_buffers_of_old_checkpoints_and_tied_heads_are_ignored(oracle, saved):
     assert "head" not in params
 
 
-def test_defaults_of_transformers_where_keys_are_left_out(oracle, tmp_path):
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != OURS])
+def test_defaults_of_transformers_where_keys_are_left_out(family):
     import transformers
 
-    sizes = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=32)
-    for kind in ("Llama", "Mistral", "Qwen2"):
-        theirs = getattr(transformers, f"{kind}Config")(**sizes)
-        ours = models.from_hf_config(sizes | dict(architectures=[f"{kind}ForCausalLM"], model_type=kind.lower(), head_dim=8))
-        assert ours.layers[0].kv_heads == theirs.num_key_value_heads
-        assert ours.max_positions == theirs.max_position_embeddings
-        assert (ours.norm_eps, ours.tie_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
-        assert (ours.bos_id, *ours.eos_ids) == (
-            theirs.bos_token_id,
-            *([] if theirs.eos_token_id is None else [theirs.eos_token_id]),
-        )
-        assert ours.sliding_window == (theirs.sliding_window if kind == "Mistral" else None)
-        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    architecture = FAMILIES[family].architecture
+    sizes = dict(vocab_size=64, hidden_size=4096, intermediate_size=48, num_hidden_layers=2, num_attention_heads=32)
+    theirs = getattr(transformers, architecture).config_class(**sizes)
+    ours = models.from_hf_config(sizes | dict(architectures=[architecture], model_type=family))
+    assert ours.layers[0].kv_heads == theirs.num_key_value_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 128)
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert (ours.norm_eps, ours.tie_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
+    ends = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
+    assert (ours.bos_id, ours.eos_ids) == (theirs.bos_token_id, tuple(end for end in ends if end is not None))
+    assert ours.pad_id == theirs.pad_token_id
+    assert ours.sliding_window == (theirs.sliding_window if family in ("mistral", "phi3") else None)
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.partial_rotary == (theirs.rope_parameters.get("partial_rotary_factor") or 1.0)
+    assert bool(ours.biases) == (getattr(theirs, "attention_bias", False) or family == "qwen2")
 
 
 def test_config_survives_json(oracle):

@@ -20,6 +20,9 @@ CONFIGS = dict(
     window=BASE | dict(sliding_window=3),
     dynamic=BASE | dict(rope_scaling=DYNAMIC, max_positions=6),
     tied=BASE | dict(tie_embeddings=True),
+    qk_norm=BASE | dict(qk_norm=True),
+    partial=BASE | dict(partial_rotary=0.5),
+    post_norms=BASE | dict(post_norms=True),
 )
 
 

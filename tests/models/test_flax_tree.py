@@ -150,3 +150,11 @@ def test_bad_msgpack(tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match=r"no flax_model.msgpack"):
         models.load_flax_msgpack(tmp_path)
+
+
+def test_a_family_that_flax_does_not_have_is_refused(tmp_path):
+    cfg = config(A, A, qk_norm=True, family="qwen3")
+    for write in (models.to_flax, lambda params, cfg: models.save_flax_msgpack(tmp_path / "new", params, cfg)):
+        with pytest.raises(ValueError, match="family qwen3 given.*llama, mistral, qwen2"):
+            write(random(cfg), cfg)
+    assert not (tmp_path / "new").exists()

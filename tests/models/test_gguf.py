@@ -19,6 +19,8 @@ LAYER = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
@@ -96,6 +98,12 @@ def test_qwen2(oracle, tmp_path, tokens, logits_of):
     model = oracle("qwen2")
     _, cfg = compare(write(tmp_path / "m.gguf", model, architecture="qwen2"), model, tokens, logits_of)
     assert (cfg.family, cfg.biases) == ("qwen2", ("q", "k", "v"))
+
+
+def test_qwen3(oracle, tmp_path, tokens, logits_of):
+    model = oracle("qwen3", head_dim=16)
+    _, cfg = compare(write(tmp_path / "m.gguf", model, architecture="qwen3"), model, tokens, logits_of)
+    assert (cfg.family, cfg.qk_norm, cfg.head_dim) == ("qwen3", True, 16)
 
 
 @pytest.mark.parametrize("dtype", ["F16", *QUANTISED])

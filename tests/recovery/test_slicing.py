@@ -15,6 +15,7 @@ LAYERS = (LayerDims(2, 2, 48),) * 2 + (LayerDims(1, 3, 40),)
 KINDS = dict(
     plain=dict(),
     tied=dict(tie_embeddings=True),
+    qk_norm=dict(qk_norm=True, partial_rotary=0.5),
     biases=dict(biases=("q", "k", "v", "o", "gate", "up", "down")),
     gone=dict(layers=(LayerDims(2, 2, 0), LayerDims(0, 0, 0), LayerDims(0, 0, 48)), biases=("o",)),
 )

@@ -1,0 +1,147 @@
+"""What differs between the families of transformers that share LLaMA's shape: a family is one entry of this table."""
+
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from jaxprune.models.config import LayerDims, LlamaConfig
+
+OURS = "jaxprune_llama"  # what no family can say, see `jaxprune.models.to_hf_config`
+LIKE_LLAMA = ("llama", "mistral", "qwen2")  # tried in this order for a model that its own family cannot say
+# Settings of `LlamaConfig` as LLaMA has them, and the keys of `config.json` that set them.
+TRAITS: dict[str, Any] = dict(sliding_window=None, partial_rotary=1.0, qk_norm=False, post_norms=False)
+KEYS = dict(sliding_window="sliding_window", partial_rotary="partial_rotary_factor") | {
+    trait: f"jaxprune_{trait}" for trait in ("qk_norm", "post_norms")
+}
+NONE: Any = MappingProxyType({})
+GEMMA = "its layers are of two kinds, with and without a window, and it scales its embeddings and caps its logits"
+REFUSED = dict(Gemma2ForCausalLM=GEMMA, Gemma3ForCausalLM=GEMMA)  # architecture -> why
+
+
+class Family(NamedTuple):
+    """How the checkpoints of a family say what their models are.
+
+    Attributes:
+      architecture: its class in transformers.
+      defaults: of transformers, for keys that a `config.json` leaves out.
+      constants: keys of `config.json` that are the same for all its models.
+      fixed: the `TRAITS` in which all its models differ from LLaMA.
+      free: the `TRAITS` that `config.json` sets, by their `KEYS`.
+      biases: key of `config.json` -> the matrices that have a bias if it is true.
+      always: the matrices that always have a bias.
+      says: does the class of transformers take a model whose layers have these widths, as far as the rest does not decide it?
+      names: array -> tensor below the layer, where it is not called as in LLaMA.
+      fused: tensor below the layer -> the arrays that it holds, one below the other.
+      interleaved: the two dimensions of a rotary pair are neighbours in the file; here they are half of `rotary_dim` apart.
+    """
+
+    architecture: str
+    defaults: dict[str, Any] = NONE
+    constants: dict[str, Any] = NONE
+    fixed: dict[str, Any] = NONE
+    free: tuple[str, ...] = ()
+    biases: dict[str, tuple[str, ...]] = NONE
+    always: tuple[str, ...] = ()
+    says: Callable[[LlamaConfig, LayerDims], bool] = lambda cfg, dims: True
+    names: dict[str, str] = NONE
+    fused: dict[str, tuple[str, ...]] = NONE
+    interleaved: bool = False
+
+
+def _divisible(cfg: LlamaConfig, dims: LayerDims) -> bool:
+    return cfg.d % (dims.kv_heads * dims.q_per_kv) == 0
+
+
+def _phi3(cfg: LlamaConfig, dims: LayerDims) -> bool:
+    scaling = dict(cfg.rope_scaling)
+    if scaling:  # its length is checked against a head of hidden_size / heads
+        heads = dims.kv_heads * dims.q_per_kv
+        return scaling["rope_type"] == "longrope" and cfg.d // heads == cfg.head_dim
+    return True
+
+
+GATE_UP: dict[str, tuple[str, ...]] = {"mlp.gate_up_proj.weight": ("gate", "up")}
+GLM = dict(  # defaults
+    max_position_embeddings=131072,
+    num_key_value_heads=2,
+    head_dim=128,
+    rms_norm_eps=1.5625e-7,
+    partial_rotary_factor=0.5,
+    attention_bias=True,
+    pad_token_id=151329,
+    eos_token_id=[151329, 151336, 151338],
+)
+FAMILIES = dict(
+    llama=Family(
+        "LlamaForCausalLM",
+        defaults=dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2),
+        biases=dict(attention_bias=("q", "k", "v", "o"), mlp_bias=("gate", "up", "down")),
+        says=_divisible,
+    ),
+    mistral=Family(
+        "MistralForCausalLM",
+        defaults=dict(
+            max_position_embeddings=131072, bos_token_id=1, eos_token_id=2, num_key_value_heads=8, sliding_window=4096
+        ),
+        free=("sliding_window",),
+    ),
+    qwen2=Family(
+        "Qwen2ForCausalLM",
+        defaults=dict(max_position_embeddings=32768, num_key_value_heads=32),
+        constants=dict(use_sliding_window=False),
+        always=("q", "k", "v"),
+    ),
+    qwen3=Family(
+        "Qwen3ForCausalLM",
+        defaults=dict(max_position_embeddings=32768, num_key_value_heads=32, head_dim=128),
+        constants=dict(use_sliding_window=False),
+        fixed=dict(qk_norm=True),
+        biases=dict(attention_bias=("q", "k", "v", "o")),
+    ),
+    phi3=Family(
+        "Phi3ForCausalLM",
+        defaults=dict(
+            max_position_embeddings=4096,
+            original_max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
+            bos_token_id=1,
+            eos_token_id=32000,
+            pad_token_id=32000,
+        ),
+        free=("sliding_window", "partial_rotary"),
+        says=_phi3,
+        fused={"self_attn.qkv_proj.weight": ("q", "k", "v")} | GATE_UP,
+    ),
+    glm=Family(
+        "GlmForCausalLM",
+        defaults=GLM,
+        free=("partial_rotary",),
+        biases=dict(attention_bias=("q", "k", "v")),
+        fused=GATE_UP,
+        interleaved=True,
+    ),
+    glm4=Family(
+        "Glm4ForCausalLM",
+        defaults=GLM,
+        fixed=dict(post_norms=True),
+        free=("partial_rotary",),
+        biases=dict(attention_bias=("q", "k", "v")),
+        names=dict(attn_post_norm="post_self_attn_layernorm.weight", mlp_post_norm="post_mlp_layernorm.weight"),
+        fused=GATE_UP,
+        interleaved=True,
+    ),
+    jaxprune_llama=Family("JaxpruneLlamaForCausalLM", free=tuple(TRAITS)),
+)
+
+
+def beyond_llama(cfg: LlamaConfig) -> list[str]:
+    """In words, what a model of LLaMA's or Mistral's shape does not have and this one has.
+
+    >>> from jaxprune.models import LayerDims, LlamaConfig, _families
+    >>> _families.beyond_llama(LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48),), qk_norm=True))
+    ['norms of queries and keys']
+    """
+    what = dict(
+        qk_norm="norms of queries and keys", partial_rotary="heads that rotate in part", post_norms="norms behind sublayers"
+    )
+    return [words for trait, words in what.items() if getattr(cfg, trait) != TRAITS[trait]]
