@@ -66,16 +66,16 @@ def logit_divergence(
     """
     b, t = x.shape[:2]
     size = min(chunk, b * t)
-    everything = top_k is None or top_k >= cfg.vocab - 1
+    k = top_k if top_k is not None and top_k < cfg.vocab else None
 
     def chunks(x: jax.Array) -> jax.Array:
         return jnp.pad(x.reshape(b * t, -1), ((0, -(b * t) % size), (0, 0))).reshape(-1, size, x.shape[-1])
 
     def one(z):
         logits = models.head(teacher, z[1], teacher_cfg) / temperature
-        ids = None if everything else checkpoint_name(jax.lax.top_k(logits, top_k)[1], "teacher")
+        ids = None if k is None else checkpoint_name(jax.lax.top_k(logits, k)[1], "teacher")
         p = _outcomes(logits, ids)
-        p = jax.lax.stop_gradient(p if everything else checkpoint_name(p, "teacher"))
+        p = jax.lax.stop_gradient(p if k is None else checkpoint_name(p, "teacher"))
         q = _outcomes(models.head(student, z[0], cfg) / temperature, ids)
         p, q = (q, p) if reverse else (p, q)
         return jnp.sum(jnp.exp(p) * (p - q), -1)

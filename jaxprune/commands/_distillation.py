@@ -57,12 +57,14 @@ def check(flags: Distillation, model: str) -> None:
     """
     given = [name for name, value in dataclasses.asdict(flags).items() if value is not None and name != "distill"]
     if flags.distill is None:
-        if given:
-            raise ValueError(f"{given[0]}: given without --distill TEACHER; name the model to learn from, or leave it out")
+        for name in given:
+            raise ValueError(f"{name}: {getattr(flags, name)} given without --distill TEACHER; name the model to learn from")
         return
-    useless = [name for name in given if name not in ("distill_loss", "layer_map")]
-    if flags.distill_loss == "blockwise" and useless:
-        raise ValueError(f"{useless[0]}: given with blockwise distillation, which compares neither logits nor the text")
+    for name in given:
+        if flags.distill_loss == "blockwise" and name not in ("distill_loss", "layer_map"):
+            raise ValueError(
+                f"{name}: {getattr(flags, name)} given; blockwise distillation compares neither logits nor the text"
+            )
     student, teacher = checkpoint.resolve(model), checkpoint.resolve(flags.distill)
     make_loss(flags, checkpoint.read_config(student), checkpoint.read_config(teacher), None)
     vocabularies = [_vocabulary(path) for path in (student, teacher)]
@@ -117,7 +119,7 @@ def _fingerprint(params: models.Params) -> str:
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}".encode())
-        digest.update(np.ascontiguousarray(leaf).view(np.uint8))
+        digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
     return digest.hexdigest()
 
 

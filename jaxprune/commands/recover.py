@@ -121,9 +121,9 @@ def _checkpoints(folder: Path) -> Iterator[None]:
 
 def _check(args: Recover) -> None:
     """Refuses flags that mean nothing together, before anything is read."""
-    unused = [name for name in ("rank", "alpha") if getattr(args, name) != Recover.__dataclass_fields__[name].default]
-    if args.train == "full" and unused:
-        raise ValueError(f"{unused[0]}: given with --train full, which has no adapters; leave it out, or train lora")
+    for name in ("rank", "alpha") if args.train == "full" else ():
+        if getattr(args, name) != Recover.__dataclass_fields__[name].default:
+            raise ValueError(f"{name}: {getattr(args, name)} given with --train full, which has no adapters; leave it out")
     _distillation.check(args.distillation, args.model)
 
 
