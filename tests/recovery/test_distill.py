@@ -272,7 +272,9 @@ def test_a_mesh_of_eight_devices_gives_the_losses_of_one(case, kind):
     pair = jax.device_put(case.pair, everywhere)
     spread, same = recovery.fit(loss, pair, pair.student, lambda s: jax.device_put(batches(s), rows), tx, steps=2)
     np.testing.assert_allclose(same, losses, rtol=1e-4)
-    chex.assert_trees_all_close(spread, whole, rtol=1e-3, atol=1e-5)
+    change = optax.tree.norm(jax.tree.map(jnp.subtract, whole, case.pair.student))
+    error = optax.tree.norm(jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), spread, whole))
+    assert error < 1e-3 * change
     assert spread["run_0"]["q"].sharding.is_equivalent_to(everywhere, 4)
 
 
@@ -302,7 +304,7 @@ def test_bad_options_are_refused(case, options, message):
     "change, message",
     [
         (dict(vocab=65), "teacher: its vocabulary has 65 tokens, the student's 64"),
-        (dict(d=40), "its residual stream has 40 channels, the student's 32 channels, so hidden be compared"),
+        (dict(d=40), "its residual stream has 40 channels, the student's 32 channels, so hidden states cannot"),
         (dict(shortcuts=True), "has 32 channels, rotated, the student's 32 channels"),
         (dict(layers=(models.LayerDims(2, 2, 48),) * 5), "the student has 3 layers, the teacher 5; say which belong together"),
     ],
