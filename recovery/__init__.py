@@ -1,8 +1,9 @@
 """Recovery of a pruned model: closed-form reconstruction, low-rank adapters, distillation and training."""
 
 from jaxprune.recovery import lora
-from jaxprune.recovery.distill import Pair, block_loss, distill_loss, same_layers
-from jaxprune.recovery.divergence import LayerMap, hidden_distance, logit_divergence
+from jaxprune.recovery.distill import Pair, block_loss, distill_loss
+from jaxprune.recovery.divergence import hidden_distance, logit_divergence
+from jaxprune.recovery.layer_map import LayerMap, same_layers
 from jaxprune.recovery.least_squares import admm, least_squares_to, masked_least_squares, nested_least_squares
 from jaxprune.recovery.loss import AdapterLoss, assemble, lm_loss
 from jaxprune.recovery.obs import greedy

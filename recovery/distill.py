@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from jaxprune import models
 from jaxprune.models import axes
-from jaxprune.recovery.divergence import LayerMap, hidden_distance, logit_divergence, relative_square
+from jaxprune.recovery.divergence import hidden_distance, logit_divergence, relative_square
+from jaxprune.recovery.layer_map import LayerMap, check_rising, checked_map
 from jaxprune.recovery.loss import AdapterLoss, assemble, weighted_mean
 
 
@@ -69,7 +70,7 @@ def distill_loss(
     _check_vocabulary(cfg, teacher_cfg)
     if layer_map is not None and not hidden_weight:
         raise ValueError("layer_map: given without a hidden_weight; hidden states are not compared then")
-    pairs = _checked_map(cfg, teacher_cfg, layer_map) if hidden_weight else ()
+    pairs = checked_map(cfg, teacher_cfg, layer_map) if hidden_weight else ()
 
     def loss(adapter: Any, params: Pair, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
@@ -118,8 +119,8 @@ def block_loss(
     True
     """
     _check_numbers(alpha)
-    pairs = _checked_map(cfg, teacher_cfg, layer_map)
-    _check_order(cfg, pairs)
+    pairs = checked_map(cfg, teacher_cfg, layer_map)
+    check_rising(cfg, pairs)
     before = dict(zip((s for s, _ in pairs), [-1, *(t for _, t in pairs)], strict=False))
     after = dict(pairs)
 
@@ -143,29 +144,6 @@ def block_loss(
         return weighted_mean(total / len(pairs), batch["weights"][:, 1:])
 
     return loss
-
-
-def same_layers(cfg: models.LlamaConfig, teacher_cfg: models.LlamaConfig) -> tuple[tuple[int, int], ...]:
-    """Each layer that the student still has with the teacher's of the same number: a cut keeps the places of layers that went.
-
-    Raises:
-      ValueError: the numbers of layers differ.
-
-    >>> from jaxprune.models import LayerDims, LlamaConfig
-    >>> cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48), LayerDims(0, 0, 0), LayerDims(2, 2, 48)))
-    >>> same_layers(cfg, cfg)
-    ((0, 0), (2, 2))
-    """
-    if len(cfg.layers) != len(teacher_cfg.layers):
-        raise ValueError(
-            f"layer_map: the student has {len(cfg.layers)} layers, the teacher {len(teacher_cfg.layers)}; "
-            "say which belong together, such as 0:0,1:2,2:5"
-        )
-    return tuple((i, i) for i in _present(cfg))
-
-
-def _present(cfg: models.LlamaConfig) -> list[int]:
-    return [i for i, dims in enumerate(cfg.layers) if cfg.layer_arrays(dims)]
 
 
 def _forward(params: models.Params, tokens: jax.Array, cfg: models.LlamaConfig, keep: bool, remat: bool):
@@ -198,34 +176,4 @@ def _check_vocabulary(cfg: models.LlamaConfig, teacher_cfg: models.LlamaConfig) 
         raise ValueError(
             f"teacher: its vocabulary has {teacher_cfg.vocab} tokens, the student's {cfg.vocab}; give the model that it was "
             "pruned from"
-        )
-
-
-def _checked_map(cfg: models.LlamaConfig, teacher_cfg: models.LlamaConfig, layer_map: LayerMap | None) -> LayerMap:
-    streams = [(c.d, c.shortcuts) for c in (cfg, teacher_cfg)]
-    if streams[0] != streams[1]:
-        found = [f"{d} channels" + ", rotated" * rotated for d, rotated in streams]
-        raise ValueError(
-            f"teacher: its residual stream has {found[1]}, the student's {found[0]}, so hidden states cannot be compared; "
-            "distil the logits alone"
-        )
-    if layer_map is None:
-        return same_layers(cfg, teacher_cfg)
-    for s, t in layer_map:
-        if not (s in _present(cfg) and 0 <= t < len(teacher_cfg.layers)):
-            raise ValueError(
-                f"layer_map: {s}:{t} given; the student has layers {_present(cfg)}, the teacher 0 to "
-                f"{len(teacher_cfg.layers) - 1}"
-            )
-    if not layer_map:
-        raise ValueError("layer_map: no pair given; give at least one, such as 0:0")
-    return tuple(layer_map)
-
-
-def _check_order(cfg: models.LlamaConfig, pairs: LayerMap) -> None:
-    own, other = [s for s, _ in pairs], [t for _, t in pairs]
-    if own != _present(cfg) or other != sorted(set(other)):
-        raise ValueError(
-            f"layer_map: {','.join(f'{s}:{t}' for s, t in pairs)} given; block by block, each of the student's layers "
-            f"{_present(cfg)} needs one of the teacher's, in rising order"
         )

@@ -1,17 +1,12 @@
 """How far a student is from its teacher: divergences of next tokens, distances of residual streams, one number per token."""
 
-from collections.abc import Sequence
-from typing import TypeAlias
-
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxprune import models
-
-LayerMap: TypeAlias = Sequence[tuple[int, int]]
-"""Pairs of a student's layer and the teacher's layer after which its residual stream should be the same."""
+from jaxprune.recovery.layer_map import LayerMap
 
 
 def logit_divergence(

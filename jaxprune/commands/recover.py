@@ -57,7 +57,7 @@ class Recover:
     seed: Annotated[int, flag("N")] = 0
     """Of the adapters and of the order of the data."""
     dtype: Annotated[Literal["float32", "bfloat16"] | None, flag("{float32,bfloat16}", "as stored")] = None
-    """Type of the frozen weights. Adapters are float32."""
+    """Type that the weights are read, used and written in. What is trained is float32."""
     resume: bool = False
     """Go on from the last checkpoint."""
     overwrite: bool = False
