@@ -8,7 +8,7 @@ from jaxprune.models.flax_tree import from_flax, load_flax_msgpack, save_flax_ms
 from jaxprune.models.llama import apply, block, head, hidden, mlp, project, rms_norm
 from jaxprune.models.losses import loss_fn, max_logits_fn, sample_targets, token_kl, token_losses
 from jaxprune.models.module import Llama
-from jaxprune.models.observe import Site, observe, reads, sublayer
+from jaxprune.models.observe import Site, observe, reads, residuals, sublayer
 from jaxprune.models.params import count_parameters, init, probes, shapes
 from jaxprune.models.tokenizer import load_tokenizer
 from jaxprune.models.types import LossFn, Params, PerLayer, Probes, Tokens
@@ -46,6 +46,7 @@ __all__ = [
     "resolve",
     "rms_norm",
     "reads",
+    "residuals",
     "sample_targets",
     "save",
     "save_flax_msgpack",

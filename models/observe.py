@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxprune.models import _rope, axes
 from jaxprune.models.config import LlamaConfig
@@ -98,3 +98,40 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
         x, stacked = jax.lax.scan(layer, x, arrays)
         out += [jax.tree.map(lambda s, i=i: s[i], stacked) for i in range(run.length)]
     return tuple(out)
+
+
+def residuals(
+    params: Params, tokens: Int[Array, "b t"], cfg: LlamaConfig, *, remat: bool = False
+) -> Float[Array, "states b t d"]:
+    """The residual stream before the first layer and after each of them, without the final norm; one state more than layers.
+
+    Args:
+      params: the model's weights; they may have adapters beside them.
+      tokens: token ids.
+      cfg: what `params` was made with.
+      remat: recompute each layer in the backward pass.
+
+    >>> import jax
+    >>> from jaxprune import models
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),) * 3)
+    >>> params, tokens = models.init(jax.random.key(0), cfg), jax.numpy.zeros((1, 5), int)
+    >>> states = models.residuals(params, tokens, cfg)
+    >>> last = models.rms_norm(states[-1], params["norm"], cfg.norm_eps)
+    >>> states.shape, bool((last == models.hidden(params, tokens, cfg)).all())
+    ((4, 1, 5, 32), True)
+    """
+    x = params["embed"][tokens]
+    out = [x[None]]
+
+    def layer(x, p):
+        for name in axes.OUTPUT.values():
+            x = sublayer(p, name, x, cfg)
+        return x, x
+
+    for run in cfg.runs:
+        if arrays := params.get(run.name, {}):
+            x, states = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, arrays)
+        else:
+            states = jnp.broadcast_to(x, (run.length, *x.shape))
+        out.append(states)
+    return jnp.concatenate(out)

@@ -1,4 +1,4 @@
-"""What recovery minimises: next-token cross-entropy of a frozen model with adapters, over the tokens that count."""
+"""What recovery minimises: next-token cross-entropy over the tokens that count, by adapters or by all weights."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
@@ -14,7 +14,34 @@ AdapterLoss: TypeAlias = Callable[[Any, models.Params, Any], tuple[Float[Array, 
 """(adapter, params, batch) -> the weighted mean loss of the batch and the sum of its weights, both float32."""
 
 
-def lm_loss(cfg: models.LlamaConfig, *, alpha: float | int, remat: bool = True, chunk: int = 256) -> AdapterLoss:
+def assemble(params: models.Params, adapter: Any, alpha: float | int | None) -> models.Params:
+    """The weights that the model runs with: `lora.overlay`, or the adapter itself, which then is a whole tree of weights.
+
+    Args:
+      params: the frozen model.
+      adapter: from `lora.init`; or a tree like `params`, in the float32 that small updates need, if `alpha` is None.
+      alpha: as in `lora.overlay`, or None.
+
+    Returns:
+      A tree for `models.hidden`, in the dtypes of `params`.
+
+    >>> import jax
+    >>> params = dict(embed=jax.numpy.ones((4, 2), "bfloat16"))
+    >>> assemble(params, dict(embed=jax.numpy.zeros((4, 2))), None)["embed"].dtype.name
+    'bfloat16'
+    """
+    if alpha is None:
+        return jax.tree.map(lambda x, w: x.astype(w.dtype), adapter, params)
+    return lora.overlay(params, adapter, alpha=alpha)
+
+
+def weighted_mean(losses: Float[Array, "b t"], weights: Float[Array, "b t"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What an `AdapterLoss` returns: sum_i w_i loss_i / sum_i w_i, zero where all weights are, and sum_i w_i."""
+    weights = weights.astype(jnp.float32)
+    return jnp.sum(weights * losses) / jnp.maximum(weights.sum(), jnp.finfo(jnp.float32).tiny), weights.sum()
+
+
+def lm_loss(cfg: models.LlamaConfig, *, alpha: float | int | None, remat: bool = True, chunk: int = 256) -> AdapterLoss:
     """The weighted mean of next-token cross-entropies in nats: sum_i w_i nll_i / sum_i w_i, over the batch.
 
     A batch is `{"tokens": int32[b, t], "weights": float32[b, t]}`; weights[:, i] is what predicting tokens[:, i] counts, so the
@@ -23,7 +50,7 @@ def lm_loss(cfg: models.LlamaConfig, *, alpha: float | int, remat: bool = True, 
 
     Args:
       cfg: the model.
-      alpha: scale of the adapters, as in `lora.overlay`.
+      alpha: scale of the adapters, as in `lora.overlay`; None trains all weights, see `assemble`.
       remat: recompute each layer in the backward pass.
       chunk: tokens whose logits are in memory at a time.
 
@@ -39,14 +66,13 @@ def lm_loss(cfg: models.LlamaConfig, *, alpha: float | int, remat: bool = True, 
     >>> bool(abs(mean - jax.numpy.log(64)) < 1e-5), float(weight)
     (True, 6.0)
     """
-    if not alpha > 0:
+    if alpha is not None and not alpha > 0:
         raise ValueError(f"alpha: {alpha} given; it must be positive (LLM-Pruner uses 16)")
 
-    def loss(adapter: lora.Adapter, params: models.Params, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        tokens, weights = batch["tokens"], batch["weights"][:, 1:].astype(jnp.float32)
-        full = lora.overlay(params, adapter, alpha=alpha)
+    def loss(adapter: Any, params: models.Params, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        tokens = batch["tokens"]
+        full = assemble(params, adapter, alpha)
         x = models.hidden(full, tokens[:, :-1], cfg, remat=remat)
-        total = jnp.sum(weights * models.token_losses(full, x, tokens[:, 1:], cfg, chunk))
-        return total / jnp.maximum(weights.sum(), jnp.finfo(jnp.float32).tiny), weights.sum()
+        return weighted_mean(models.token_losses(full, x, tokens[:, 1:], cfg, chunk), batch["weights"][:, 1:])
 
     return loss

@@ -1,28 +1,32 @@
-"""`jaxprune recover`: LoRA training of a pruned model, merged at the end."""
+"""`jaxprune recover`: training of a pruned model, with adapters that are merged at the end or of all weights."""
 
 import contextlib
 import dataclasses
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxprune import _progress, data, folder, recovery
 from jaxprune._files import atomic_folder
+from jaxprune.commands import _distillation
 from jaxprune.commands._common import ModelName, Output, check_tokens, flag, peak_memory, say, stage
+from jaxprune.commands._distillation import Distillation
 from jaxprune.models import axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recover:
-    """Train low-rank adapters (LoRA) on a pruned model and merge them into its weights.
+    """Train a pruned model: low-rank adapters (LoRA), merged into its weights at the end, or all weights.
 
     Killed at any moment, the same command with --resume goes on from the last checkpoint, in OUT.training until the end.
 
-    Example: jaxprune recover small --data alpaca.json --out better --steps 200
+    Example: jaxprune recover small --data alpaca.json --out better --steps 200 --distill smollm2
     """
 
     model: ModelName
@@ -32,6 +36,8 @@ class Recover:
     """Folder to write."""
     steps: Annotated[int, flag("N")] = 100
     """Updates."""
+    train: Literal["lora", "full"] = "lora"
+    """Low-rank adapters, or all weights: five float32 copies of the model in memory."""
     rank: Annotated[int, flag("N")] = 8
     """Rank of the adapters."""
     alpha: Annotated[int, flag("N")] = 16
@@ -51,35 +57,35 @@ class Recover:
     seed: Annotated[int, flag("N")] = 0
     """Of the adapters and of the order of the data."""
     dtype: Annotated[Literal["float32", "bfloat16"] | None, flag("{float32,bfloat16}", "as stored")] = None
-    """Type of the frozen weights. Adapters are float32."""
+    """Type that the weights are read, used and written in. What is trained is float32."""
     resume: bool = False
     """Go on from the last checkpoint."""
     overwrite: bool = False
     """Replace the output folder if it has content."""
+    distillation: Distillation = Distillation()
     output: Output = Output()
 
 
 def run(args: Recover) -> dict[str, Any]:
     """Trains, merges and saves."""
+    _check(args)
     seconds: dict[str, float] = {}
     checkpoints = args.out.parent / f"{args.out.name}.training"
     with atomic_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
             model = folder.load(args.model, args.dtype)
+            teacher = _distillation.load(args.distillation, args.dtype)
         with stage("reading training data", seconds):
             training = data.training_batches(
                 args.data, model.tokenizer, length=args.length, batch_size=args.batch_size, seed=args.seed
             )
         say(f"{training.kind} data: {training.examples} examples, {training.dropped} dropped")
-        adapter = recovery.lora.init(jax.random.key(args.seed), model.params, model.cfg, rank=args.rank)
         with stage("training", seconds), _checkpoints(checkpoints):
-            adapter, losses = _train(args, model, adapter, training, checkpoints)
+            adapter, losses = _train(args, model, teacher, training, checkpoints)
         with stage("merging and saving", seconds):
-            merged = recovery.lora.merge(model.params, adapter, alpha=args.alpha, donate=True)
-            record = None if model.record is None else model.record | {
-                "updates": [*model.record.get("updates", ()), _update(args, training, losses)]
-            }  # fmt: skip
-            folder.save(out, model._replace(params=merged, record=record))
+            update = _update(args, model, training, losses)
+            record = None if model.record is None else model.record | {"updates": [*model.record.get("updates", ()), update]}
+            folder.save(out, model._replace(params=_trained(args, model, adapter), record=record))
     shutil.rmtree(checkpoints, ignore_errors=True)
     return {
         "steps": args.steps,
@@ -113,10 +119,27 @@ def _checkpoints(folder: Path) -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _train(args: Recover, model: folder.Model, adapter: Any, training: data.TrainingData, checkpoints: Path):
+def _check(args: Recover) -> None:
+    """Refuses flags that mean nothing together, before anything is read."""
+    for name in ("rank", "alpha") if args.train == "full" else ():
+        if getattr(args, name) != Recover.__dataclass_fields__[name].default:
+            raise ValueError(f"{name}: {getattr(args, name)} given with --train full, which has no adapters; leave it out")
+    _distillation.check(args.distillation, args.model)
+
+
+def _train(
+    args: Recover, model: folder.Model, teacher: _distillation.Teacher | None, training: data.TrainingData, checkpoints: Path
+):
     warmup, tx = optimizer(args)
-    settings = {name: getattr(args, name) for name in ("rank", "alpha", "batch_size", "length", "learning_rate", "seed")}
+    adapters = dict(rank=args.rank, alpha=args.alpha) if args.train == "lora" else dict(train=args.train)
+    settings = {name: getattr(args, name) for name in ("batch_size", "length", "learning_rate", "seed")} | adapters
     settings |= dict(warmup=warmup, data=training.sha256, kind=training.kind, model=[list(dims) for dims in model.cfg.layers])
+    alpha = args.alpha if args.train == "lora" else None
+    if teacher is None:
+        loss, frozen = recovery.lm_loss(model.cfg, alpha=alpha), model.params
+    else:
+        loss = _distillation.make_loss(args.distillation, model.cfg, teacher.cfg, alpha)
+        frozen = recovery.Pair(model.params, teacher.params)
 
     def batch(step: int) -> dict[str, Any]:
         out = training.batch(step)
@@ -125,9 +148,9 @@ def _train(args: Recover, model: folder.Model, adapter: Any, training: data.Trai
 
     with _progress.meter("training", args.steps, "step") as advance:
         return recovery.fit(
-            recovery.lm_loss(model.cfg, alpha=args.alpha),
-            model.params,
-            adapter,
+            loss,
+            frozen,
+            _start(args, model),
             batch,
             tx,
             steps=args.steps,
@@ -135,18 +158,48 @@ def _train(args: Recover, model: folder.Model, adapter: Any, training: data.Trai
             checkpoint_dir=checkpoints,
             save_every=args.save_every,
             resume=args.resume,
-            settings=settings,
-            callback=lambda step, loss: advance(step + 1, f"loss {loss:.3f}"),
+            settings=settings | _distillation.settings(args.distillation, teacher),
+            callback=_shown(advance, args.batch_size * args.length),
         )
 
 
-def _update(args: Recover, training: data.TrainingData, losses: Any) -> dict[str, Any]:
+def _start(args: Recover, model: folder.Model) -> Any:
+    """What is trained, before its first update."""
+    if args.train == "full":
+        return jax.tree.map(lambda x: x.astype(jnp.float32), model.params)
+    return recovery.lora.init(jax.random.key(args.seed), model.params, model.cfg, rank=args.rank)
+
+
+def _trained(args: Recover, model: folder.Model, adapter: Any) -> Any:
+    """The model's weights after training, in the types that they had."""
+    if args.train == "full":
+        return recovery.assemble(model.params, adapter, None)
+    return recovery.lora.merge(model.params, adapter, alpha=args.alpha, donate=True)
+
+
+def _shown(advance: Callable[[int, str], None], tokens: int) -> Callable[[int, float], None]:
+    """A callback of `fit` that shows the loss and the rate of the last update, whose batch has so many tokens."""
+    last = time.monotonic()
+
+    def show(step: int, loss: float) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        advance(step + 1, f"loss {loss:.4g}, {tokens / (last - before):.0f} tokens/s")
+
+    return show
+
+
+def _update(args: Recover, model: folder.Model, training: data.TrainingData, losses: Any) -> dict[str, Any]:
     flags = {
         f.name: getattr(args, f.name)
         for f in dataclasses.fields(args)
-        if f.name not in ("output", "out", "resume", "overwrite")
+        if f.name not in ("output", "out", "resume", "overwrite", "distillation")
     }
+    flags |= {name: value for name, value in dataclasses.asdict(args.distillation).items() if value is not None}
+    paths = jax.tree_util.tree_flatten_with_path(model.params)[0]
+    everything = list(dict.fromkeys(path[-1].key for path, _ in paths))
+    by = "distillation" if args.distillation.distill else "LoRA" if args.train == "lora" else "training"
     return dict(
-        by="LoRA", arrays=list(axes.MATRICES), settings=flags | {"model": str(args.model)}, data=training.source,
+        by=by, arrays=list(axes.MATRICES) if args.train == "lora" else everything, settings=flags, data=training.source,
         sha256=training.sha256, losses=[float(x) for x in losses],
     )  # fmt: skip
