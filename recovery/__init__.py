@@ -1,6 +1,6 @@
 """Recovery of a pruned model: closed-form reconstruction, low-rank adapters and their training."""
 
-from jaxprune.recovery import lora
+from jaxprune.recovery import lora, sparse
 from jaxprune.recovery.least_squares import admm, least_squares_to, masked_least_squares, nested_least_squares
 from jaxprune.recovery.loss import AdapterLoss, lm_loss
 from jaxprune.recovery.obs import greedy
@@ -23,4 +23,5 @@ __all__ = [
     "schedule_and_optimizer",
     "slice_gpt",
     "sliced_width",
+    "sparse",
 ]
