@@ -14,7 +14,9 @@ AdapterLoss: TypeAlias = Callable[[Any, models.Params, Any], tuple[Float[Array, 
 """(adapter, params, batch) -> the weighted mean loss of the batch and the sum of its weights, both float32."""
 
 
-def lm_loss(cfg: models.LlamaConfig, *, alpha: float | int, remat: bool = True, chunk: int = 256) -> AdapterLoss:
+def lm_loss(
+    cfg: models.LlamaConfig, *, alpha: float | int, sparse: bool = False, remat: bool = True, chunk: int = 256
+) -> AdapterLoss:
     """The weighted mean of next-token cross-entropies in nats: sum_i w_i nll_i / sum_i w_i, over the batch.
 
     A batch is `{"tokens": int32[b, t], "weights": float32[b, t]}`; weights[:, i] is what predicting tokens[:, i] counts, so the
@@ -23,7 +25,7 @@ def lm_loss(cfg: models.LlamaConfig, *, alpha: float | int, remat: bool = True, 
 
     Args:
       cfg: the model.
-      alpha: scale of the adapters, as in `lora.overlay`.
+      alpha, sparse: scale of the adapters, and whether zeros of the model stay zeros, as in `lora.overlay`.
       remat: recompute each layer in the backward pass.
       chunk: tokens whose logits are in memory at a time.
 
@@ -44,7 +46,7 @@ def lm_loss(cfg: models.LlamaConfig, *, alpha: float | int, remat: bool = True, 
 
     def loss(adapter: lora.Adapter, params: models.Params, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tokens, weights = batch["tokens"], batch["weights"][:, 1:].astype(jnp.float32)
-        full = lora.overlay(params, adapter, alpha=alpha)
+        full = lora.overlay(params, adapter, alpha=alpha, sparse=sparse)
         x = models.hidden(full, tokens[:, :-1], cfg, remat=remat)
         total = jnp.sum(weights * models.token_losses(full, x, tokens[:, 1:], cfg, chunk))
         return total / jnp.maximum(weights.sum(), jnp.finfo(jnp.float32).tiny), weights.sum()

@@ -20,7 +20,8 @@ from jaxprune.models import axes
 class Recover:
     """Train low-rank adapters (LoRA) on a pruned model and merge them into its weights.
 
-    Killed at any moment, the same command with --resume goes on from the last checkpoint, in OUT.training until the end.
+    Of a model that `sparsify` wrote, every zero stays zero. Killed at any moment, the same command with --resume goes on from
+    the last checkpoint, in OUT.training until the end.
 
     Example: jaxprune recover small --data alpaca.json --out better --steps 200
     """
@@ -75,7 +76,7 @@ def run(args: Recover) -> dict[str, Any]:
         with stage("training", seconds), _checkpoints(checkpoints):
             adapter, losses = _train(args, model, adapter, training, checkpoints)
         with stage("merging and saving", seconds):
-            merged = recovery.lora.merge(model.params, adapter, alpha=args.alpha, donate=True)
+            merged = recovery.lora.merge(model.params, adapter, alpha=args.alpha, sparse=is_sparse(model), donate=True)
             record = None if model.record is None else model.record | {
                 "updates": [*model.record.get("updates", ()), _update(args, training, losses)]
             }  # fmt: skip
@@ -91,6 +92,11 @@ def run(args: Recover) -> dict[str, Any]:
         "losses": [{"step": i, "loss": float(x)} for i, x in enumerate(losses)],
         "seconds": seconds,
     }
+
+
+def is_sparse(model: folder.Model) -> bool:
+    """Whether the record says that the model was made sparse, so that its zeros have to stay."""
+    return model.record is not None and "sparsity" in model.record
 
 
 def optimizer(args: Recover) -> tuple[int, optax.GradientTransformation]:
@@ -125,7 +131,7 @@ def _train(args: Recover, model: folder.Model, adapter: Any, training: data.Trai
 
     with _progress.meter("training", args.steps, "step") as advance:
         return recovery.fit(
-            recovery.lm_loss(model.cfg, alpha=args.alpha),
+            recovery.lm_loss(model.cfg, alpha=args.alpha, sparse=is_sparse(model)),
             model.params,
             adapter,
             batch,

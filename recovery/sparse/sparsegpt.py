@@ -66,19 +66,27 @@ def sparsegpt(
     """
     rows, columns = w.shape
     size = -(-min(block, columns) // max(pattern.m, 1)) * max(pattern.m, 1)
-    blocks = -(-columns // size)
-    spare = blocks * size - columns
-    wt = jnp.pad((jnp.asarray(w, system.scale.dtype) * system.scale).T, ((0, spare), (0, 0)))
-    u = jnp.pad(system.factor, (0, spare)) + jnp.diag(jnp.pad(jnp.zeros(columns, wt.dtype), (0, spare), constant_values=1))
-    counts = [pattern.zeros((1 if per_row else rows) * min(size, columns - i * size)) for i in range(blocks)]
-    given = None if keep is None else jnp.pad(jnp.asarray(keep, bool).T, ((0, spare), (0, 0)))
-    wt, kept = _sweep(wt, u, jnp.asarray(counts), given, columns, size, pattern, joint, per_row)
-    return Sparse(wt[:columns].T / system.scale, kept[:columns].T, system.notes)
+    widths = [min(size, columns - start) for start in range(0, columns, size)]
+    counts = np.asarray([pattern.zeros((1 if per_row else rows) * width) for width in widths])
+    given = None if keep is None else np.asarray(keep, bool)
+    new, kept = _swept(np.asarray(w), system.factor, system.scale, counts, given, size, pattern, joint, per_row)
+    return Sparse(new, kept, system.notes)
 
 
-@functools.partial(jax.jit, static_argnames=("columns", "size", "pattern", "joint", "per_row"))
+@functools.partial(jax.jit, static_argnames=("size", "pattern", "joint", "per_row"))
+def _swept(w, factor, scale, counts, given, size, pattern: Pattern, joint, per_row):
+    """Pads the columns to whole blocks and transposes, so that a column of the matrix lies in one piece."""
+    columns = w.shape[1]
+    spare = len(counts) * size - columns
+    wt = jnp.pad((w.astype(scale.dtype) * scale).T, ((0, spare), (0, 0)))
+    u = jnp.pad(factor, (0, spare)) + jnp.diag(jnp.pad(jnp.zeros(columns, wt.dtype), (0, spare), constant_values=1))
+    given = None if given is None else jnp.pad(given.T, ((0, spare), (0, 0)))
+    wt, kept = _sweep(wt, u, counts, given, columns, size, pattern, joint, per_row)
+    return wt[:columns].T / scale, kept[:columns].T
+
+
 def _sweep(wt, u, counts, given, columns, size, pattern: Pattern, joint, per_row):
-    """Everything transposed, [in, out], so that a column of the matrix lies in one piece."""
+    """The new weights and what stays, both [in, out]."""
     total = len(wt)
 
     def one_block(wt, i_count):
