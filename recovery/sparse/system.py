@@ -68,16 +68,17 @@ def system(gram: jax.Array | np.ndarray, damp: float = 1e-2) -> System:
         found = _factored(h, dead)
         if found is not None:
             notes += [f"damping raised from {damp:g} to {tried:g} of the mean diagonal"] if tried != damp else []
-            return System(*map(_device, found), notes=tuple(notes))
+            return _made(found, notes)
     diagonal = np.diag(np.diag(gram) + damping(gram, 1e-2))
     notes.append("correlations between inputs left out: their second moments cannot be factored")
     found = _factored(diagonal, dead)
     assert found is not None
-    return System(*map(_device, found), notes=tuple(notes))
+    return _made(found, notes)
 
 
-def _device(x: np.ndarray) -> jax.Array:
-    return jnp.asarray(x, jnp.result_type(float))
+def _made(found: tuple[np.ndarray, ...], notes: list[str]) -> System:
+    gram, inverse, factor, scale = (jnp.asarray(x, jnp.result_type(float)) for x in found)
+    return System(gram, inverse, factor, scale, tuple(notes))
 
 
 def _factored(h: np.ndarray, dead: np.ndarray) -> tuple[np.ndarray, ...] | None:
