@@ -144,10 +144,11 @@ def _calibration(args: Sparsify, model: folder.Model) -> data.Calibration:
     accelerated = jax.default_backend() != "cpu"
     samples, length = SIZES[accelerated]
     length = min(length, model.cfg.max_positions, up_to_a_row(args.calibration, length))
+    flags = Calibration(calibration=args.calibration, seed=args.seed)
+    found = draw(flags, model, args.samples or samples, args.length or length, args.samples is None)
     if not accelerated and (args.samples is None or args.length is None):
         say(f"note: no accelerator, so the default is {samples} x {length} tokens; with one it is 128 x 2048, as published")
-    flags = Calibration(calibration=args.calibration, seed=args.seed)
-    return draw(flags, model, args.samples or samples, args.length or length, args.samples is None)
+    return found
 
 
 def _summary(found: dict[str, sparsify.Matrix], seconds: dict[str, float]) -> dict[str, Any]:
