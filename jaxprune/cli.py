@@ -11,13 +11,14 @@ import tyro
 
 from jaxprune._json import write_json
 from jaxprune._progress import table
-from jaxprune.commands import bench, evaluate, export, generate, inspect, prune, recover, search, verify
+from jaxprune.commands import bench, evaluate, export, generate, inspect, prune, recover, search, sparsify, verify
 from jaxprune.commands import run as everything
 from jaxprune.commands._common import pairs
 
 COMMANDS: dict[type, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     everything.Run: ("run", everything.run),
     prune.Prune: ("prune", prune.run),
+    sparsify.Sparsify: ("sparsify", sparsify.run),
     recover.Recover: ("recover", recover.run),
     evaluate.Evaluate: ("evaluate", evaluate.run),
     search.Search: ("search", search.run),

@@ -23,10 +23,17 @@ def rms_norm(x: jax.Array, w: jax.Array, eps: float, gate: jax.Array | None = No
 
 
 def linear(p: dict, name: str, x: jax.Array) -> jax.Array:
-    """`x` times the matrix `name`, plus its low-rank adapter (`name_a`, `name_b`), if `p` has them. Biases are not added."""
+    """`x` times the matrix `name`, plus its low-rank adapter, if `p` has one. Biases are not added.
+
+    The adapter `name_a`, `name_b` acts beside the matrix; of `name_kept_a`, `name_kept_b` only where the matrix is not zero.
+    """
     b, t = x.shape[:2]
     rows = x.reshape(b * t, math.prod(x.shape[2:]))  # einsum over several axes: XLA transposes whole weights
-    y = rows @ p[name].reshape(rows.shape[1], -1)
+    w = p[name].reshape(rows.shape[1], -1)
+    if f"{name}_kept_a" in p:
+        low = p[f"{name}_kept_a"].reshape(len(w), -1)
+        w = w + jnp.where(w != 0, low @ p[f"{name}_kept_b"].reshape(low.shape[1], -1), 0)
+    y = rows @ w
     if f"{name}_a" in p:
         low = rows @ p[f"{name}_a"].reshape(rows.shape[1], -1)
         y += low @ p[f"{name}_b"].reshape(low.shape[1], -1)

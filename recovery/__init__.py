@@ -1,6 +1,6 @@
 """Recovery of a pruned model: closed-form reconstruction, low-rank adapters, distillation and training."""
 
-from jaxprune.recovery import lora
+from jaxprune.recovery import lora, sparse
 from jaxprune.recovery.distill import Pair, block_loss, distill_loss
 from jaxprune.recovery.divergence import hidden_distance, logit_divergence
 from jaxprune.recovery.layer_map import LayerMap, same_layers
@@ -35,4 +35,5 @@ __all__ = [
     "schedule_and_optimizer",
     "slice_gpt",
     "sliced_width",
+    "sparse",
 ]

@@ -31,6 +31,7 @@ def distill_loss(
     teacher_cfg: models.LlamaConfig,
     *,
     alpha: float | int | None,
+    sparse: bool = False,
     reverse: bool = False,
     temperature: float | int = 1.0,
     top_k: int | None = None,
@@ -46,7 +47,8 @@ def distill_loss(
 
     Args:
       cfg, teacher_cfg: the models; they have one vocabulary.
-      alpha: scale of the adapters, as in `lora.overlay`; None trains all weights, see `assemble`.
+      alpha, sparse: scale of the adapters, as in `lora.overlay`, and whether zeros stay zeros; None trains all weights, see
+        `assemble`.
       reverse, temperature, top_k, chunk: as in `logit_divergence`.
       ce_weight: of the cross-entropy of the text's next token, in nats.
       hidden_weight: of `hidden_distance`; both models then have residual streams of one width.
@@ -74,7 +76,7 @@ def distill_loss(
 
     def loss(adapter: Any, params: Pair, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        student = assemble(params.student, adapter, alpha)
+        student = assemble(params.student, adapter, alpha, sparse)
         x, states = _forward(student, inputs, cfg, bool(pairs), remat)
         y, teacher_states = jax.lax.stop_gradient(_forward(params.teacher, inputs, teacher_cfg, bool(pairs), False))
         total = logit_divergence(
@@ -91,7 +93,12 @@ def distill_loss(
 
 
 def block_loss(
-    cfg: models.LlamaConfig, teacher_cfg: models.LlamaConfig, *, alpha: float | int | None, layer_map: LayerMap | None = None
+    cfg: models.LlamaConfig,
+    teacher_cfg: models.LlamaConfig,
+    *,
+    alpha: float | int | None,
+    sparse: bool = False,
+    layer_map: LayerMap | None = None,
 ) -> AdapterLoss:
     r"""Every layer of the student learns for itself to do what the teacher's does, from the teacher's input.
 
@@ -104,7 +111,7 @@ def block_loss(
 
     Args:
       cfg, teacher_cfg: the models.
-      alpha: as in `distill_loss`.
+      alpha, sparse: as in `distill_loss`.
       layer_map: a pair for each of the student's layers, in order; None is `same_layers`.
 
     Raises:
@@ -133,7 +140,7 @@ def block_loss(
         return None, relative_square(error, scale)
 
     def loss(adapter: Any, params: Pair, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        student = assemble(params.student, adapter, alpha)
+        student = assemble(params.student, adapter, alpha, sparse)
         states = jax.lax.stop_gradient(models.residuals(params.teacher, batch["tokens"][:, :-1], teacher_cfg))
         total = jnp.zeros(states.shape[1:3], jnp.float32)
         for run in cfg.runs:

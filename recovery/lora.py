@@ -92,13 +92,14 @@ def _factors(name: str) -> tuple[str, str]:
     return inputs + "r", "r" + axes.LAYER[name].replace(inputs, "")
 
 
-def overlay(params: models.Params, adapter: Adapter, *, alpha: float | int) -> models.Params:
+def overlay(params: models.Params, adapter: Adapter, *, alpha: float | int, sparse: bool = False) -> models.Params:
     """The parameters with adapters beside them: each adapted matrix acts as w + alpha/rank * a b.
 
     Args:
       params: the frozen model, any floating dtype.
       adapter: from `init`.
       alpha: numerator of the scale; the change is `alpha / rank` times the product.
+      sparse: the change is zero where w is zero; the product is then formed, a layer at a time.
 
     Returns:
       A new tree for `models.hidden`; adapters are cast to the dtype of the matrix that they adapt, the scale goes into `b`.
@@ -109,17 +110,20 @@ def overlay(params: models.Params, adapter: Adapter, *, alpha: float | int) -> m
         for name, x in arrays.items():
             matrix, part = name.rsplit("_", 1)
             scale = alpha / arrays[f"{matrix}_a"].shape[-1] if part == "b" else 1.0
-            out[run][name] = (x * scale).astype(params[run][matrix].dtype)
+            place = f"{matrix}_kept_{part}" if sparse else name
+            out[run][place] = (x * scale).astype(params[run][matrix].dtype)
     return out
 
 
-def merge(params: models.Params, adapter: Adapter, *, alpha: float | int, donate: bool = False) -> models.Params:
+def merge(
+    params: models.Params, adapter: Adapter, *, alpha: float | int, sparse: bool = False, donate: bool = False
+) -> models.Params:
     """The parameters with each adapted matrix replaced by w + alpha/rank * a b, in float32 and rounded once.
 
     Args:
       params: the frozen model, any floating dtype.
       adapter: from `init`.
-      alpha: as in `overlay`.
+      alpha, sparse: as in `overlay`; zeros of w stay zeros.
       donate: reuse the memory of the adapted matrices in `params`, which become unusable. Without it they are held twice.
 
     Returns:
@@ -140,19 +144,20 @@ def merge(params: models.Params, adapter: Adapter, *, alpha: float | int, donate
         for name in axes.MATRICES:
             if f"{name}_a" in arrays:
                 a, b = arrays[f"{name}_a"], arrays[f"{name}_b"]
-                out[run][name] = add(name, out[run][name], a, b, alpha / a.shape[-1])
+                out[run][name] = add(name, sparse, out[run][name], a, b, alpha / a.shape[-1])
     return out
 
 
-def _add_product(name: str, w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+def _add_product(name: str, sparse: bool, w: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
     a_axes, b_axes = _factors(name)
 
     def one(i, w):  # a layer at a time: the float32 copy of a bfloat16 run would be twice the run
         product = jnp.einsum(f"{a_axes},{b_axes}->{axes.LAYER[name]}", a[i], b[i], precision="highest")
-        return w.at[i].set((w[i].astype(jnp.float32) + scale * product).astype(w.dtype))
+        change = jnp.where(w[i] != 0, scale * product, 0) if sparse else scale * product
+        return w.at[i].set((w[i].astype(jnp.float32) + change).astype(w.dtype))
 
     return jax.lax.fori_loop(0, w.shape[0], one, w)
 
 
-_add = functools.partial(jax.jit, static_argnums=0)(_add_product)
-_add_donated = functools.partial(jax.jit, static_argnums=0, donate_argnums=1)(_add_product)
+_add = functools.partial(jax.jit, static_argnums=(0, 1))(_add_product)
+_add_donated = functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)(_add_product)

@@ -1,5 +1,6 @@
 """What recovery minimises: next-token cross-entropy over the tokens that count, by adapters or by all weights."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -8,19 +9,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxprune import models
+from jaxprune.models import axes
 from jaxprune.recovery import lora
 
 AdapterLoss: TypeAlias = Callable[[Any, models.Params, Any], tuple[Float[Array, ""], Float[Array, ""]]]
 """(adapter, params, batch) -> the weighted mean loss of the batch and the sum of its weights, both float32."""
 
 
-def assemble(params: models.Params, adapter: Any, alpha: float | int | None) -> models.Params:
+def assemble(params: models.Params, adapter: Any, alpha: float | int | None, sparse: bool = False) -> models.Params:
     """The weights that the model runs with: `lora.overlay`, or the adapter itself, which then is a whole tree of weights.
 
     Args:
       params: the frozen model.
       adapter: from `lora.init`; or a tree like `params`, in the float32 that small updates need, if `alpha` is None.
       alpha: as in `lora.overlay`, or None.
+      sparse: zeros in the matrices of `params` stay zeros.
 
     Returns:
       A tree for `models.hidden`, in the dtypes of `params`.
@@ -31,8 +34,13 @@ def assemble(params: models.Params, adapter: Any, alpha: float | int | None) -> 
     'bfloat16'
     """
     if alpha is None:
-        return jax.tree.map(lambda x, w: x.astype(w.dtype), adapter, params)
-    return lora.overlay(params, adapter, alpha=alpha)
+        return jax.tree_util.tree_map_with_path(functools.partial(_in_place_of, sparse), adapter, params)
+    return lora.overlay(params, adapter, alpha=alpha, sparse=sparse)
+
+
+def _in_place_of(sparse: bool, path: Any, x: jax.Array, w: jax.Array) -> jax.Array:
+    x = x.astype(w.dtype)
+    return jnp.where(w != 0, x, 0) if sparse and path[-1].key in axes.MATRICES else x
 
 
 def weighted_mean(losses: Float[Array, "b t"], weights: Float[Array, "b t"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -41,7 +49,9 @@ def weighted_mean(losses: Float[Array, "b t"], weights: Float[Array, "b t"]) -> 
     return jnp.sum(weights * losses) / jnp.maximum(weights.sum(), jnp.finfo(jnp.float32).tiny), weights.sum()
 
 
-def lm_loss(cfg: models.LlamaConfig, *, alpha: float | int | None, remat: bool = True, chunk: int = 256) -> AdapterLoss:
+def lm_loss(
+    cfg: models.LlamaConfig, *, alpha: float | int | None, sparse: bool = False, remat: bool = True, chunk: int = 256
+) -> AdapterLoss:
     """The weighted mean of next-token cross-entropies in nats: sum_i w_i nll_i / sum_i w_i, over the batch.
 
     A batch is `{"tokens": int32[b, t], "weights": float32[b, t]}`; weights[:, i] is what predicting tokens[:, i] counts, so the
@@ -51,6 +61,7 @@ def lm_loss(cfg: models.LlamaConfig, *, alpha: float | int | None, remat: bool =
     Args:
       cfg: the model.
       alpha: scale of the adapters, as in `lora.overlay`; None trains all weights, see `assemble`.
+      sparse: zeros of the model stay zeros.
       remat: recompute each layer in the backward pass.
       chunk: tokens whose logits are in memory at a time.
 
@@ -71,7 +82,7 @@ def lm_loss(cfg: models.LlamaConfig, *, alpha: float | int | None, remat: bool =
 
     def loss(adapter: Any, params: models.Params, batch: Mapping[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         tokens = batch["tokens"]
-        full = assemble(params, adapter, alpha)
+        full = assemble(params, adapter, alpha, sparse)
         x = models.hidden(full, tokens[:, :-1], cfg, remat=remat)
         return weighted_mean(models.token_losses(full, x, tokens[:, 1:], cfg, chunk), batch["weights"][:, 1:])
 

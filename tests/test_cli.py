@@ -13,6 +13,8 @@ FLAGS = dict(
     prune="MODEL --out --method --ratio --calibration --samples --length --seed --taylor --aggregate --ranking --units "
     "--layers --protect-first --protect-last --steps --multiple-of --max-distinct --for --target-params --target-memory "
     "--dtype --overwrite --json",
+    sparsify="MODEL --out --method --sparsity --nm --variant --block --skip --damp --calibration --samples --length --seed "
+    "--dtype --overwrite --json",
     recover="MODEL --data --out --rank --alpha --steps --batch-size --length --learning-rate --resume --json",
     evaluate="MODEL --text --window --max-tokens --choice --limit --json",
     search="MODEL --out --strategy --ratio --target-params --target-memory --target-flops --target-latency --target-throughput "

@@ -76,7 +76,7 @@ def check(flags: Distillation, model: str) -> None:
 
 
 def make_loss(
-    flags: Distillation, cfg: models.LlamaConfig, teacher_cfg: models.LlamaConfig, alpha: int | None
+    flags: Distillation, cfg: models.LlamaConfig, teacher_cfg: models.LlamaConfig, alpha: int | None, sparse: bool = False
 ) -> recovery.AdapterLoss:
     """The loss that the flags ask for.
 
@@ -85,11 +85,12 @@ def make_loss(
     """
     layer_map = _pairs(flags.layer_map)
     if flags.distill_loss == "blockwise":
-        return recovery.block_loss(cfg, teacher_cfg, alpha=alpha, layer_map=layer_map)
+        return recovery.block_loss(cfg, teacher_cfg, alpha=alpha, sparse=sparse, layer_map=layer_map)
     return recovery.distill_loss(
         cfg,
         teacher_cfg,
         alpha=alpha,
+        sparse=sparse,
         reverse=flags.distill_loss == "reverse",
         temperature=1.0 if flags.temperature is None else flags.temperature,
         top_k=flags.top_k,

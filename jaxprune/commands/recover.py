@@ -24,7 +24,8 @@ from jaxprune.models import axes
 class Recover:
     """Train a pruned model: low-rank adapters (LoRA), merged into its weights at the end, or all weights.
 
-    Killed at any moment, the same command with --resume goes on from the last checkpoint, in OUT.training until the end.
+    Of a model that `sparsify` wrote, every zero stays zero. Killed at any moment, the same command with --resume goes on from
+    the last checkpoint, in OUT.training until the end.
 
     Example: jaxprune recover small --data alpaca.json --out better --steps 200 --distill smollm2
     """
@@ -99,6 +100,11 @@ def run(args: Recover) -> dict[str, Any]:
     }
 
 
+def is_sparse(model: folder.Model) -> bool:
+    """Whether the record says that the model was made sparse, so that its zeros have to stay."""
+    return model.record is not None and "sparsity" in model.record
+
+
 def optimizer(args: Recover) -> tuple[int, optax.GradientTransformation]:
     """Updates of warmup, and the optimizer that the flags ask for.
 
@@ -136,9 +142,9 @@ def _train(
     settings |= dict(warmup=warmup, data=training.sha256, kind=training.kind, model=[list(dims) for dims in model.cfg.layers])
     alpha = args.alpha if args.train == "lora" else None
     if teacher is None:
-        loss, frozen = recovery.lm_loss(model.cfg, alpha=alpha), model.params
+        loss, frozen = recovery.lm_loss(model.cfg, alpha=alpha, sparse=is_sparse(model)), model.params
     else:
-        loss = _distillation.make_loss(args.distillation, model.cfg, teacher.cfg, alpha)
+        loss = _distillation.make_loss(args.distillation, model.cfg, teacher.cfg, alpha, is_sparse(model))
         frozen = recovery.Pair(model.params, teacher.params)
 
     def batch(step: int) -> dict[str, Any]:
@@ -173,8 +179,8 @@ def _start(args: Recover, model: folder.Model) -> Any:
 def _trained(args: Recover, model: folder.Model, adapter: Any) -> Any:
     """The model's weights after training, in the types that they had."""
     if args.train == "full":
-        return recovery.assemble(model.params, adapter, None)
-    return recovery.lora.merge(model.params, adapter, alpha=args.alpha, donate=True)
+        return recovery.assemble(model.params, adapter, None, is_sparse(model))
+    return recovery.lora.merge(model.params, adapter, alpha=args.alpha, sparse=is_sparse(model), donate=True)
 
 
 def _shown(advance: Callable[[int, str], None], tokens: int) -> Callable[[int, float], None]:

@@ -5,8 +5,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxprune import data, folder, proof
+from jaxprune import data, folder, proof, sparsify
 from jaxprune.commands._common import Output, check_tokens, flag, say, stage
+from jaxprune.commands.sparsify import by_matrix
+from jaxprune.recovery.sparse import Pattern
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,4 +65,20 @@ def run(args: Verify) -> dict[str, Any]:
         rows: list[dict[str, Any]] = [{"tensor": n, "state": "equal"} for n in report.kept]
         rows += [{"tensor": n, "state": "updated", "largest difference": d} for n, d in report.updated.items()]
         result["tensors"] = rows
-    return result
+    return result | _sparsity(small, result, args.tensors)
+
+
+def _sparsity(small: folder.Model, result: dict[str, Any], each: bool) -> dict[str, Any]:
+    """What a model that was made sparse has of its pattern; not exact if a zero is gone or N:M is violated."""
+    assert small.record is not None
+    if "sparsity" not in small.record:
+        return {}
+    recorded = small.record["sparsity"]["zeros"]
+    found = sparsify.achieved(small.params, small.cfg, list(recorded), Pattern(**small.record["sparsity"]["pattern"]))
+    lost = [name for name, (zeros, violations) in found.items() if zeros < recorded[name] or violations]
+    for name in lost:
+        say(f"sparsity lost: {name} has {found[name][0]:.4f} zeros, recorded are {recorded[name]:.4f}")
+    parts: dict[str, Any] = {"exact": result["exact"] and not lost, "matrices that lost zeros": len(lost)}
+    if each:
+        parts["sparse"] = [{"matrix": n, "zeros": z, "N:M violations": v} for n, (z, v) in found.items()]
+    return parts | {"by matrix": by_matrix(found)}

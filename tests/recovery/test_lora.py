@@ -70,6 +70,24 @@ def test_merged_and_overlaid_models_agree(tiny, make, donate):
     assert params["run_0"]["q"].is_deleted() == donate
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_zeros_of_a_sparse_model_stay_zero_and_merged_and_overlaid_models_agree(tiny, make, dtype):
+    params, adapter = make(dtype, rank=4)
+    params = jax.tree.map(lambda x: x * (jnp.arange(x.shape[-1]) % 2).astype(x.dtype) if x.ndim > 2 else x, params)
+    adapter = shaken(adapter)
+    merged = lora.merge(params, adapter, alpha=8, sparse=True)
+    for run in merged.keys() & adapter.keys():
+        for name in axes.MATRICES:
+            assert not merged[run][name][params[run][name] == 0].any()
+            assert (merged[run][name] != params[run][name]).mean() > 0.4
+    if dtype == jnp.float32:
+        overlaid = lora.overlay(params, adapter, alpha=8, sparse=True)
+        got = logits(merged, tiny.tokens, cfg=tiny.cfg)
+        np.testing.assert_allclose(got, logits(overlaid, tiny.tokens, cfg=tiny.cfg), rtol=1e-4, atol=1e-5)
+        free = logits(lora.overlay(params, adapter, alpha=8), tiny.tokens, cfg=tiny.cfg)
+        assert np.abs(got - free).max() > 0.01
+
+
 def test_donated_merge_frees_only_what_it_replaces(make):
     params, adapter = make(targets=("q",))
     merged = lora.merge(params, shaken(adapter), alpha=8, donate=True)

@@ -1,0 +1,187 @@
+"""`jaxprune sparsify`: zeros in a model, in one shot, without training."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+
+from jaxprune import data, folder, pipeline, sparsify
+from jaxprune._files import atomic_folder
+from jaxprune._json import plain
+from jaxprune._progress import progress
+from jaxprune.commands._calibration import Calibration, described, draw, up_to_a_row
+from jaxprune.commands._common import ModelName, Output, flag, peak_memory, say, stage
+from jaxprune.commands._stages import opened
+from jaxprune.models import unit_counts
+from jaxprune.models.axes import MATRICES
+from jaxprune.plan import Plan
+from jaxprune.recovery import sparse
+
+SIZES = {True: (128, 2048), False: (64, 512)}  # samples and length, with an accelerator and without
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sparsify:
+    """Set weights of all attention and MLP matrices to zero, in one shot, and fit the others to make up for them.
+
+    The shapes stay; transformers loads the result like any model. Killed at any moment, the same command goes on after the last
+    finished layer, in OUT.sparsifying until the end.
+
+    Example: jaxprune sparsify smollm2 --out sparse --nm 2:4
+    """
+
+    model: ModelName
+    out: Annotated[Path, flag("DIR")]
+    """Folder to write."""
+    method: Literal["apt", "sparsegpt", "wanda", "magnitude"] = "apt"
+    """apt: SparseGPT's mask, then all weights of a row fitted exactly. sparsegpt: columns from left to right. wanda: magnitude
+    times the norm of the input, no update. magnitude: no update, either."""
+    sparsity: Annotated[float | None, flag("F", "0.5, unless --nm is given")] = None
+    """Fraction of zeros in each matrix."""
+    nm: Annotated[str | None, flag("N:M", "none")] = None
+    """Of each M consecutive inputs of an output at most N weights stay, such as 2:4 or 4:8."""
+    variant: Annotated[Literal["SS", "SM", "MS", "MM"] | None, flag("{SS,SM,MS,MM}", "SM; MM with --nm")] = None
+    """Of apt: how the mask is chosen and how the weights are fitted, each for single weights (S) or jointly (M)."""
+    block: Annotated[int | None, flag("N", "one fit at the end")] = None
+    """Of apt: columns after which the weights are fitted again before the mask goes on."""
+    skip: Annotated[str | None, flag("A,B", "none")] = None
+    """What stays dense: q, k, v, o, gate, up, down, layers.0, layers.0.down."""
+    damp: Annotated[float, flag("F")] = 0.01
+    """Added to the diagonal of the second moments of the inputs, in means of it."""
+    calibration: Annotated[str, flag("SRC")] = "builtin"
+    """Text as for `prune`: a file, FILE.jsonl:FIELD, hub:NAME, builtin, self or FILE.npy."""
+    samples: Annotated[int | None, flag("N", "128 with an accelerator, 64 without")] = None
+    """Sequences."""
+    length: Annotated[int | None, flag("T", "2048 with an accelerator, 512 without")] = None
+    """Tokens in a sequence."""
+    seed: Annotated[int, flag("N")] = 0
+    """Of the calibration windows."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights. The fits are in float32 in any case."""
+    overwrite: bool = False
+    """Replace the output folder if it has content, and what an earlier run with other settings left behind."""
+    output: Output = Output()
+
+    def settings(self) -> sparsify.Sparsity:
+        """The flags as `sparsify.Sparsity`.
+
+        Raises:
+          ValueError: they cannot be used.
+        """
+        if self.nm is not None and self.sparsity is not None:
+            raise ValueError("nm and sparsity: both given; N:M is a sparsity, give one of them")
+        pattern = sparse.n_of_m(self.nm) if self.nm else sparse.Pattern(0.5 if self.sparsity is None else self.sparsity)
+        for name in ("samples", "length"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: {value} given; it must be at least 1")
+        return sparsify.Sparsity(
+            method=self.method,
+            pattern=pattern,
+            variant=self.variant,
+            block=self.block,
+            damp=self.damp,
+            skip=tuple(self.skip.split(",")) if self.skip else (),
+        )
+
+
+def run(args: Sparsify) -> dict[str, Any]:
+    """Sparsifies and saves; returns what happened, for a table."""
+    asked, seconds = args.settings(), dict[str, float]()
+    checkpoints = args.out.parent / f"{args.out.name}.sparsifying"
+    given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")})
+    with atomic_folder(args.out, overwrite=args.overwrite) as out:
+        with stage("loading", seconds):
+            model = folder.load(args.model, args.dtype, needs_tokenizer=not data.is_token_file(args.calibration))
+        names = sparsify.chosen(model.cfg, asked)
+        with stage("reading calibration text", seconds):
+            calibration = _calibration(args, model)
+        given |= dict(sha256=calibration.sha256, layers=plain(model.cfg.layers))
+        with opened(checkpoints, given, overwrite=args.overwrite):
+            with stage(f"sparsifying, {args.method}", seconds):
+                params, found = sparsify.sparsify(
+                    model.params,
+                    model.cfg,
+                    pipeline.batches(calibration.tokens),
+                    asked,
+                    checkpoints=checkpoints,
+                    progress=progress,
+                )
+            for name, matrix in found.items():
+                for note in matrix.notes:
+                    say(f"note: {name}: {note}")
+            result = _summary(found, seconds)
+            with stage("saving", seconds):
+                record = _record(args, asked, model, calibration, found, result, names)
+                folder.save(out, model._replace(params=params, record=record))
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    rows = by_matrix({name: (m.zeros, m.violations) for name, m in found.items()}, {n: m.error for n, m in found.items()})
+    return result | {"folder": str(args.out), "by matrix": rows, "matrices": {n: m._asdict() for n, m in found.items()}}
+
+
+def by_matrix(found: dict[str, tuple[float, int]], errors: dict[str, float] | None = None) -> list[dict[str, Any]]:
+    """Zeros and violations over all layers, a row for each kind of matrix."""
+    rows: list[dict[str, Any]] = []
+    for matrix in MATRICES:
+        if names := [name for name in found if name.split(".")[-1] == matrix]:
+            zeros = [found[name][0] for name in names]
+            row = {"matrix": matrix, "layers": len(names), "least zeros": min(zeros), "most zeros": max(zeros)}
+            row["N:M violations"] = sum(found[name][1] for name in names)
+            if errors:
+                row |= {
+                    "mean error": float(np.mean([errors[n] for n in names])),
+                    "largest error": max(errors[n] for n in names),
+                }
+            rows.append(row)
+    return rows
+
+
+def _calibration(args: Sparsify, model: folder.Model) -> data.Calibration:
+    """The tokens; sizes that were not asked for are those of the papers, or less where there is no accelerator."""
+    accelerated = jax.default_backend() != "cpu"
+    samples, length = SIZES[accelerated]
+    length = min(length, model.cfg.max_positions, up_to_a_row(args.calibration, length))
+    flags = Calibration(calibration=args.calibration, seed=args.seed)
+    found = draw(flags, model, args.samples or samples, args.length or length, args.samples is None)
+    if not accelerated and (args.samples is None or args.length is None):
+        say(f"note: no accelerator, so the default is {samples} x {length} tokens; with one it is 128 x 2048, as published")
+    return found
+
+
+def _summary(found: dict[str, sparsify.Matrix], seconds: dict[str, float]) -> dict[str, Any]:
+    return {
+        "matrices made sparse": len(found),
+        "zeros, least of a matrix": min(m.zeros for m in found.values()),
+        "N:M violations": sum(m.violations for m in found.values()),
+        "relative error of the outputs, summed": sum(m.error for m in found.values()),
+        "peak memory, MiB": round(peak_memory() / 2**20),
+        "seconds": seconds,
+    }
+
+
+def _record(
+    args: Sparsify,
+    asked: sparsify.Sparsity,
+    model: folder.Model,
+    calibration: data.Calibration,
+    found: dict[str, sparsify.Matrix],
+    result: dict[str, Any],
+    names: tuple[tuple[str, ...], ...],
+) -> dict[str, Any]:
+    arrays = [n for n in MATRICES if any(n in layer for layer in names)]
+    settings = dataclasses.asdict(asked) | dict(pattern=asked.pattern._asdict())
+    return dict(
+        plan=json.loads(Plan(tuple({} for _ in model.cfg.layers), unit_counts(model.cfg)).to_json()),
+        method=dict(name=asked.method) | settings,
+        source=args.model,
+        calibration=described(calibration),
+        seed=args.seed,
+        versions=folder.versions(),
+        metrics=result,
+        updates=[dict(by=asked.method, arrays=arrays, settings=settings)],
+        before=model.record,
+        sparsity=dict(pattern=asked.pattern._asdict(), zeros={name: m.zeros for name, m in found.items()}),
+    )

@@ -1,0 +1,135 @@
+"""Sparsity in one shot over a whole model: one block after the other, each from what the sparse blocks before it pass on."""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._losses import Progress
+from jaxprune._sparsity import METHODS, Matrix, Sparsity, achieved, chosen, read_block, write_block
+from jaxprune.models import LlamaConfig, Params, reads, rms_norm, sublayer
+from jaxprune.models.axes import MATRICES
+from jaxprune.recovery import sparse
+
+__all__ = ["METHODS", "Matrix", "Sparsity", "achieved", "chosen", "sparsify"]
+
+GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # matrices that read the same
+
+
+def sparsify(
+    params: Params,
+    cfg: LlamaConfig,
+    batches: Sequence[Any],
+    asked: Sparsity,
+    *,
+    checkpoints: Path | None = None,
+    progress: Progress | None = None,
+) -> tuple[Params, dict[str, Matrix]]:
+    """Makes the matrices of all blocks sparse, in the order in which tokens go through them.
+
+    In a block first q, k, v get their zeros, then o from what the sparse attention passes on, then gate and up, then down. On
+    the device are the weights of one block, the activations of one batch and one matrix of second moments.
+
+    Args:
+      params, cfg: the model.
+      batches: int32[b, t] arrays of calibration tokens.
+      asked: method and pattern.
+      checkpoints: a folder that is there: finished blocks are written to it, and those that are there are not done again. The
+        caller sees to it that it belongs to the same run.
+      progress: wraps the sequence of layers; called with it and a description.
+
+    Returns:
+      The parameters, in their shapes and dtypes, and what became of each matrix, by names such as `layers.0.q`.
+
+    Raises:
+      ValueError: no batches, what `chosen` raises, or statistics that are not finite.
+
+    Reference: the order of blocks is that of Frantar and Alistarh, `SparseGPT <https://arxiv.org/abs/2301.00774>`_, 2023, and
+    of Wanda. Within a block their code takes the inputs of all matrices from the dense block; what is done here is
+    SparseGPT's option `--true-sequential`.
+
+    >>> import jax
+    >>> from jaxprune import models, sparsify
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),) * 2)
+    >>> params, tokens = models.init(jax.random.key(0), cfg), jax.numpy.arange(60).reshape(2, 30)
+    >>> new, found = sparsify.sparsify(params, cfg, [tokens], sparsify.Sparsity(method="wanda"))
+    >>> found["layers.1.down"].zeros, float((new["run_0"]["down"] == 0).mean())
+    (0.5, 0.5)
+    """
+    if not batches:
+        raise ValueError("batches: none given; sparsity needs at least one batch of calibration tokens")
+    names = chosen(cfg, asked)
+    stream = [np.asarray(params["embed"][jnp.asarray(b)]) for b in batches]
+    where = [(run.name, i) for run in cfg.runs for i in range(run.length)]
+    out = {run.name: {n: np.array(x) for n, x in params.get(run.name, {}).items() if n in MATRICES} for run in cfg.runs}
+    found: dict[str, Matrix] = {}
+    for layer in range(len(where)) if progress is None else progress(range(len(where)), "sparsifying"):
+        name, i = where[layer]
+        p = {n: x[i] for n, x in params.get(name, {}).items()}
+        file = None if checkpoints is None else checkpoints / f"layer_{layer}.safetensors"
+        new, seen = _block(p, names[layer], stream, cfg, asked) if file is None or not file.is_file() else read_block(file)
+        if file is not None and not file.is_file():
+            write_block(file, new, seen)
+        for n, x in new.items():
+            out[name][n][i] = x
+            found[f"layers.{layer}.{n}"] = seen[n]
+        for at, x in enumerate(stream):
+            stream[at] = np.asarray(_after(p | new, x, cfg))
+    changed = {run: params.get(run, {}) | jax.tree.map(jnp.asarray, arrays) for run, arrays in out.items() if arrays}
+    return params | changed, found
+
+
+def _block(
+    p: dict, names: Sequence[str], stream: Sequence[Any], cfg: LlamaConfig, asked: Sparsity
+) -> tuple[dict[str, np.ndarray], dict[str, Matrix]]:
+    """The sparse matrices of a block, each group from what those before it pass on."""
+    new: dict[str, np.ndarray] = {}
+    seen: dict[str, Matrix] = {}
+    for group in GROUPS:
+        if not (here := [n for n in group if n in names]):
+            continue
+        gram = np.asarray(sum(_gram(p | new, group[0], x, cfg) for x in stream), np.float64)
+        system = sparse.system(gram, asked.damp) if asked.method in ("sparsegpt", "apt") else None
+        for n in here:
+            old = np.asarray(p[n])
+            w = old.astype(np.float32).reshape(len(gram), -1).T  # out, in
+            fitted, notes = _one(w, gram, system, asked)
+            new[n] = np.asarray(fitted).T.astype(old.dtype).reshape(old.shape)
+            made = new[n].astype(np.float32).reshape(len(gram), -1).T
+            error = sparse.relative_loss(w, made, gram)
+            seen[n] = Matrix(float((made == 0).mean()), sparse.violations(made, asked.pattern), error, notes)
+    return new, seen
+
+
+def _one(w: np.ndarray, gram: np.ndarray, system: sparse.System | None, asked: Sparsity) -> tuple[Any, tuple[str, ...]]:
+    pattern = asked.pattern
+    if system is None:
+        keep = sparse.keep_largest(jnp.abs(w), pattern) if asked.method == "magnitude" else sparse.wanda(w, gram, pattern)
+        return np.where(keep, w, 0), ()
+    if asked.method == "sparsegpt":
+        done = sparse.sparsegpt(w, system, pattern)
+    else:
+        done = sparse.apt(w, system, pattern, asked.variant or ("MM" if pattern.m else "SM"), block=asked.block)
+    return done.w, done.notes
+
+
+@functools.partial(jax.jit, static_argnames=("name", "cfg"))
+def _gram(p, name, x, cfg):
+    """Sum of z z^T over tokens of what the matrix `name` reads when `x` comes to its block, float32[in, in]."""
+    if name in ("gate", "down"):
+        x = sublayer(p, "o", x, cfg)
+    if name in ("o", "down"):
+        z = reads(p, name, x, cfg)
+    else:
+        z = rms_norm(x, p["attn_norm" if name == "q" else "mlp_norm"], cfg.norm_eps, width=cfg.norm_width)
+    rows = z.reshape(x.shape[0] * x.shape[1], -1).astype(jnp.float32)
+    return jnp.matmul(rows.T, rows, precision="highest")
+
+
+@functools.partial(jax.jit, static_argnames="cfg")
+def _after(p, x, cfg):
+    return sublayer(p, "down", sublayer(p, "o", x, cfg), cfg)
