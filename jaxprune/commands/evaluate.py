@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune import _progress, data, folder
 from jaxprune import evaluate as evaluation
 from jaxprune._text import beginnings
+from jaxprune.commands import _devices
 from jaxprune.commands._common import ModelName, Output, flag, stage
 
 WINDOW = 1024
@@ -38,6 +39,7 @@ class Evaluate:
     """Read at most this many questions."""
     dtype: Annotated[Literal["float32", "bfloat16"] | None, flag("{float32,bfloat16}", "as stored")] = None
     """Type of the weights."""
+    devices: _devices.Devices = _devices.Devices()
     output: Output = Output()
 
 
@@ -45,7 +47,8 @@ def run(args: Evaluate) -> dict[str, Any]:
     """Loads the model and measures."""
     text, choices = inputs(args)
     with stage("loading", {}):
-        model = folder.load(args.model, args.dtype, needs_tokenizer=isinstance(text, str) or choices is not None)
+        needs_tokenizer = isinstance(text, str) or choices is not None
+        model = _devices.load(args.devices, args.model, args.dtype, needs_tokenizer=needs_tokenizer)
     return measured(model, args, text, choices)
 
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal
 import jax
 import optax
 
-from jaxprune import _progress, data, folder, recovery
+from jaxprune import _beside, _progress, data, folder, recovery
 from jaxprune._files import atomic_folder
+from jaxprune.commands import _devices
 from jaxprune.commands._common import ModelName, Output, check_tokens, flag, peak_memory, say, stage
 from jaxprune.models import axes
 
@@ -56,6 +57,7 @@ class Recover:
     """Go on from the last checkpoint."""
     overwrite: bool = False
     """Replace the output folder if it has content."""
+    devices: _devices.Devices = _devices.Devices()
     output: Output = Output()
 
 
@@ -65,7 +67,7 @@ def run(args: Recover) -> dict[str, Any]:
     checkpoints = args.out.parent / f"{args.out.name}.training"
     with atomic_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
-            model = folder.load(args.model, args.dtype)
+            model = _devices.load(args.devices, args.model, args.dtype)
         with stage("reading training data", seconds):
             training = data.training_batches(
                 args.data, model.tokenizer, length=args.length, batch_size=args.batch_size, seed=args.seed
@@ -121,7 +123,7 @@ def _train(args: Recover, model: folder.Model, adapter: Any, training: data.Trai
     def batch(step: int) -> dict[str, Any]:
         out = training.batch(step)
         check_tokens(out["tokens"], model.cfg, training.source)
-        return out
+        return _beside.spread(model.params, out)
 
     with _progress.meter("training", args.steps, "step") as advance:
         return recovery.fit(
@@ -144,7 +146,7 @@ def _update(args: Recover, training: data.TrainingData, losses: Any) -> dict[str
     flags = {
         f.name: getattr(args, f.name)
         for f in dataclasses.fields(args)
-        if f.name not in ("output", "out", "resume", "overwrite")
+        if f.name not in ("output", "out", "resume", "overwrite", "devices")
     }
     return dict(
         by="LoRA", arrays=list(axes.MATRICES), settings=flags | {"model": str(args.model)}, data=training.source,
