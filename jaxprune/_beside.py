@@ -1,7 +1,7 @@
 """Beside a model: tokens, and the parameters of models that are made from it, go where its parameters lie."""
 
 import math
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,6 @@ from jaxprune.models import LlamaConfig, Params
 from jaxprune.models._layout import Place
 from jaxprune.models._mesh import SEQUENCES
 from jaxprune.sharding import AXES, on_mesh, place, shardings
-
-T = TypeVar("T")
 
 
 def home(params: Params) -> Mesh | None:
@@ -41,7 +39,7 @@ def shares(params: Params) -> int:
     return 1 if mesh is None else _devices(mesh, SEQUENCES)
 
 
-def spread(params: Params, tokens: T) -> T:
+def spread(params: Params, tokens: Any) -> Any:
     """Puts sequences beside the model that reads them, each device of the axes `data` and `fsdp` with its own.
 
     Sequences that do not divide are spread over one of the axes, or are on every device.

@@ -17,14 +17,22 @@ def by_sequence(x: jax.Array, axis: int = 0) -> jax.Array:
       x: activations, of any shape.
       axis: the axis of the sequences.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    names = tuple(
-        a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if a in SEQUENCES and kind == AxisType.Auto
-    )
-    n = math.prod(mesh.shape[a] for a in names)
-    if n == 1 or x.shape[axis] % n:
+    if ways(x.shape[axis]) == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, names))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, _names()))
+
+
+def ways(n: int) -> int:
+    """How many parts of the mesh `n` sequences are spread over: 1 where `by_sequence` leaves them alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape[a] for a in _names())
+    return 1 if n % parts else parts
+
+
+def _names() -> tuple[str, ...]:
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(a for a, kind in kinds if a in SEQUENCES and kind == AxisType.Auto)
 
 
 def in_parts(x: jax.Array, size: int) -> jax.Array:

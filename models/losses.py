@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxprune.models._mesh import by_sequence
+from jaxprune.models._mesh import by_sequence, from_parts, in_parts, ways
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.llama import head, hidden
 from jaxprune.models.types import LossFn, Params, Probes, Tokens
@@ -133,8 +133,14 @@ def sample_targets(params: Params, tokens: Int[Array, "b t"], cfg: LlamaConfig, 
     """
     x = hidden(params, tokens, cfg)
     keys = jax.random.split(key, tokens.shape[0])
-    targets = jax.lax.map(lambda z: jax.random.categorical(z[0], head(params, z[1], cfg)), (keys, x))
-    return dict(inputs=tokens, targets=targets.astype(jnp.int32))
+    size = ways(len(keys))  # a sequence at a time on each part of the mesh
+
+    @jax.vmap
+    def draw(key, x):
+        return jax.random.categorical(key, head(params, x, cfg))
+
+    targets = jax.lax.map(lambda z: draw(*z), (keys.reshape(size, -1).swapaxes(0, 1), in_parts(x, size)))
+    return dict(inputs=tokens, targets=from_parts(targets).astype(jnp.int32))
 
 
 def max_logits_fn(
