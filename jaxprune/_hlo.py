@@ -111,9 +111,15 @@ def _dot(shape: str, rest: str, shapes: dict[str, str]) -> float:
 
 
 def _group(rest: str) -> int:
-    """Devices that take part together."""
+    """Devices that take part together: `{{0,1},{2,3}}`, `[2,4]<=[8]` or `mesh['a'=2,'b'=4] {'b'}` in HLO text."""
     if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
         return len(_numbers(listed[1]))
     if grid := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
         return int(grid[2])
-    return 1
+    if named := re.search(r"replica_groups=mesh\[(.*?)\] *\{(.*?)\}", rest):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])  # an axis, or 'axis':(size before)size of a part of it
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    if "source_target_pairs" in rest:
+        return 2
+    raise ValueError(f"HLO: groups of devices in a form that is not known: {rest}")

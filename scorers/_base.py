@@ -103,7 +103,8 @@ def sequences_in(tokens: Tokens) -> int:
 
 def check_axis(axis_name: str) -> None:
     """Raises ValueError inside a `shard_map` that sums, on its own, gradients by what its devices share."""
-    if jax.typeof(jax.lax.axis_index(axis_name)).vma:
+    index = jax.typeof(jax.lax.axis_index(axis_name))
+    if index.manual_axis_type.varying if hasattr(index, "manual_axis_type") else index.vma:  # jax 0.10.2, 0.10.0
         raise ValueError(
             "shard_map: check_vma=True given, under which gradients are summed over devices before a scorer squares them or "
             "takes their absolute value; set check_vma=False, or use scorers.mapped"

@@ -25,6 +25,8 @@ def test_loops_count_as_often_as_they_turn():
     [
         ("all-gather(%p), replica_groups={{0,1},{2,3}}, dimensions={0}", "all-gather", 4 * 32 / 2),
         ("all-reduce(%p), replica_groups=[2,4]<=[8], to_apply=%add", "all-reduce", 2 * 4 * 32 * 3 / 4),
+        ("all-gather(%p), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}", "all-gather", 4 * 32 * 3 / 4),
+        ("all-gather(%p), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}, dimensions={0}", "all-gather", 4 * 32 * 3 / 4),
         ("reduce-scatter(%p), replica_groups={{0,1,2,3}}, to_apply=%add", "reduce-scatter", 4 * 32 * 3),
         ("collective-permute(%p), source_target_pairs={{0,1},{1,0}}", "collective-permute", 4 * 32),
     ],
