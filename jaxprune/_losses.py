@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxprune._beside import shares, spread
 from jaxprune.models import LlamaConfig, Params, hidden, token_losses
 
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
@@ -14,7 +15,8 @@ BATCH_TOKENS = 4096  # tokens that go through the model at a time
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def _losses(params, tokens, cfg):
+def token_losses_of(params, tokens, cfg):
+    """Cross-entropy of tokens 1, 2, ... of each row, float32[b, t - 1]."""
     return token_losses(params, hidden(params, tokens[:, :-1], cfg), tokens[:, 1:], cfg)
 
 
@@ -26,16 +28,18 @@ def losses(
     Args:
       params, cfg: the model.
       rows: int32[n, t].
-      batch: most rows at a time, or None for as many as make 4096 tokens. Batches are of equal size; the last is filled up.
+      batch: most rows at a time, or None for as many as make 4096 tokens on each part of a mesh. Batches are of equal size; the
+        last is filled up.
       progress: wraps the sequence of batches; called with it and a description.
       what: the description.
     """
     n, t = rows.shape
-    batch = max(1, BATCH_TOKENS // t) if batch is None else batch
+    parts = shares(params)
+    batch = max(1, BATCH_TOKENS // t) * parts if batch is None else batch
     if batch < 1:
         raise ValueError(f"batch: {batch} given; it must be at least 1")
-    size = -(-n // -(-n // batch))
+    size = -(-n // -(-n // batch) // parts) * parts
     batches = [rows[i : i + size] for i in range(0, n, size)]
     for real in batches if progress is None else progress(batches, what):
         full = np.concatenate([real, np.zeros((size - len(real), t), real.dtype)])
-        yield from np.asarray(_losses(params, full, cfg))[: len(real)]
+        yield from np.asarray(token_losses_of(params, spread(params, full), cfg))[: len(real)]

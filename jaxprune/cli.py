@@ -11,9 +11,10 @@ import tyro
 
 from jaxprune._json import write_json
 from jaxprune._progress import table
-from jaxprune.commands import bench, evaluate, export, generate, inspect, prune, recover, search, sparsify, verify
+from jaxprune.commands import bench, evaluate, export, generate, inspect, prune, recover, search, size, sparsify, verify
 from jaxprune.commands import run as everything
 from jaxprune.commands._common import pairs
+from jaxprune.commands._devices import set_mesh
 
 COMMANDS: dict[type, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     everything.Run: ("run", everything.run),
@@ -26,6 +27,7 @@ COMMANDS: dict[type, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     export.Export: ("export", export.run),
     generate.Generate: ("generate", generate.run),
     verify.Verify: ("verify", verify.run),
+    size.Size: ("size", size.run),
     inspect.Inspect: ("inspect", inspect.run),
     inspect.Methods: ("methods", inspect.run_methods),
 }
@@ -41,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, command = COMMANDS[type(args)]
     try:
         _check_place(args.output.json)
-        result = command(args)
+        with set_mesh(getattr(args, "devices", None)):
+            result = command(args)
         _show(result)
         if args.output.json is not None:
             write_json(args.output.json, result)

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from jaxprune import surgery
+from jaxprune import sharding, surgery
 from jaxprune._decode import check_file
 from jaxprune._json import write_json
 from jaxprune.models import LlamaConfig, Params
@@ -42,13 +43,17 @@ class Model(NamedTuple):
     record: dict[str, Any] | None
 
 
-def load(source: str, dtype: str | None = None, *, needs_tokenizer: bool = True) -> Model:
+def load(
+    source: str, dtype: str | None = None, *, needs_tokenizer: bool = True, mesh: Mesh | None = None, strict: bool = False
+) -> Model:
     """Loads a model, its tokenizer and its record.
 
     Args:
       source: a folder, a `.gguf` file, `smollm2`, or a name on the Hugging Face hub.
       dtype: `float32`, `bfloat16`, or None for what the file holds.
       needs_tokenizer: refuse a folder without a tokenizer, such as that of a model of image tokens.
+      mesh: devices that the parameters are spread over, see `jaxprune.sharding`, or None for one.
+      strict: refuse a mesh by which the model does not divide.
 
     Raises:
       FileNotFoundError, ValueError: there is no such model, or it is damaged or not supported.
@@ -57,7 +62,8 @@ def load(source: str, dtype: str | None = None, *, needs_tokenizer: bool = True)
         raise ValueError(f"dtype: {dtype!r} given; allowed are {', '.join(DTYPES)}")
     path = checkpoints.resolve(source)
     record = read_record(path)
-    params, cfg = checkpoints.load(path, dtype=None if dtype is None else jnp.dtype(dtype))
+    place = None if mesh is None else sharding.place(checkpoints.read_config(path), mesh, strict=strict)
+    params, cfg = checkpoints.load(path, dtype=None if dtype is None else jnp.dtype(dtype), place=place)
     return Model(params, cfg, load_tokenizer(path, needs_tokenizer), str(source), record)
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune import _narrow, _profiles, budgets, methods, recovery, scorers, sensitivity, sequential, surgery
+from jaxprune import _beside, _narrow, _profiles, budgets, methods, recovery, scorers, sensitivity, sequential, surgery
 from jaxprune._constraints import check
 from jaxprune._losses import Progress
 from jaxprune._settings import Settings
@@ -148,7 +148,8 @@ def _sliced(
 ) -> Pruned:
     """Every matrix changes and there is no plan of units: what is returned keeps all units of the rotated model."""
     shape, met = Aim(cfg, settings, 0, goal, say).shape((), cfg)
-    small, now = recovery.slice_gpt(params, cfg, batches(tokens), shape.d, progress=progress)
+    small, now = recovery.slice_gpt(params, cfg, batches(tokens, params), shape.d, progress=progress)
+    small = _beside.moved(small, now, params)
     updates = ({"by": "rotation to principal components", "arrays": sorted(now.layer_arrays(now.layers[0]))},)
     notes = _notes(cfg, now, settings) if goal is None or met is None else budgets.notes(goal, met)
     return Pruned(small, now, identity(now, settings), (), notes, updates, met)
@@ -174,7 +175,7 @@ def by_plan(
     if target is not None:
         if tokens is None:
             raise ValueError(f"reconstruct: {target} given, which reads calibration tokens; give some, or set it to none")
-        parts = batches(np.asarray(tokens))
+        parts = batches(np.asarray(tokens), params)
         plan.check(cfg)
         fitted, fitted_cfg = recovery.reconstruct(params, cfg, plan.keep, parts, target=target, progress=progress)
         arrays = ["o_bias", "down_bias"] if target == "bias" else ["o", "down"]
@@ -189,23 +190,28 @@ def identity(cfg: LlamaConfig, settings: Settings) -> Plan:
     return Plan(tuple({a: np.arange(n) for a, n in layer.items()} for layer in counts), counts)
 
 
-def batches(tokens: np.ndarray) -> list[np.ndarray]:
-    """Few batches of equal size, of about `MICROBATCH_TOKENS` tokens."""
-    size = divisor(tokens.shape)
-    return [tokens[i : i + size] for i in range(0, len(tokens), size)]
+def batches(tokens: np.ndarray, params: Params = None) -> list[Any]:
+    """Few batches of equal size, of about `MICROBATCH_TOKENS` tokens on each part of the mesh that `params` lie on."""
+    size = divisor(tokens.shape, params)
+    return [_beside.spread(params, tokens[i : i + size]) for i in range(0, len(tokens), size)]
 
 
-def _few(tokens: np.ndarray | None) -> np.ndarray:
+def _few(tokens: np.ndarray | None, params: Params) -> Any:
     """At most `MICROBATCH_TOKENS` tokens to measure losses on."""
     if tokens is None:
         raise ValueError("ranking: sensitivity measures losses, and this method reads no text; choose another ranking")
-    return tokens[: divisor(tokens.shape)]
+    return _beside.spread(params, tokens[: divisor(tokens.shape, params)])
 
 
-def divisor(shape: tuple[int, int]) -> int:
-    """The most sequences that divide all of them and have at most `MICROBATCH_TOKENS` tokens."""
-    most = max(1, MICROBATCH_TOKENS // shape[1])
-    return max(m for m in range(1, shape[0] + 1) if shape[0] % m == 0 and m <= most)
+def divisor(shape: tuple[int, int], params: Params = None) -> int:
+    """The most sequences that divide all of them and have at most `MICROBATCH_TOKENS` tokens.
+
+    On a mesh that is the number of tokens on each of its parts; there, numbers that divide by the parts come first.
+    """
+    parts = _beside.shares(params)
+    most = max(1, MICROBATCH_TOKENS // shape[1]) * parts
+    found = [m for m in range(1, shape[0] + 1) if shape[0] % m == 0 and m <= most]
+    return max([m for m in found if m % parts == 0] or found)
 
 
 def _scored(
@@ -214,19 +220,21 @@ def _scored(
     """The scores of a step, the shape that it leads to, and how that meets the goal."""
     settings = aim.settings
     units = "d" if settings.units == ("hidden",) else "kf"
-    microbatch = None if tokens is None else divisor(tokens.shape)
+    microbatch = None if tokens is None else divisor(tokens.shape, params)
     options = methods.Options(settings.taylor, settings.aggregate, seed, microbatch, units)
     if methods.find(settings.method).sequential and settings.allocation in methods.WITHOUT_SCORES:
         make = functools.partial(_scorer, settings.method, options=options)
         shape, met = aim.shape((), cfg)
         kept = _narrow.widths(shape, cfg)
-        return sequential.score(make, params, cfg, batches(tokens), kept, progress=progress), shape, met
+        return sequential.score(make, params, cfg, batches(tokens, params), kept, progress=progress), shape, met
     scorer = _scorer(settings.method, cfg, options)
-    parts = [] if tokens is None else batches(tokens) if scorer.additive else [tokens]
+    parts = []
+    if tokens is not None:
+        parts = batches(tokens, params) if scorer.additive else [_beside.spread(params, tokens)]
     wrapped = parts if progress is None or len(parts) < 2 else progress(parts, "scoring")
     scores = curves = scorers.score(scorer, params, probes(cfg, units), wrapped)
     if settings.allocation == "sensitivity" and set(settings.units) <= {"kv", "mlp"}:
-        curves = sensitivity.curves(params, cfg, scores, _few(tokens), progress=progress)
+        curves = sensitivity.curves(params, cfg, scores, _few(tokens, params), progress=progress)
     return scores, *aim.shape(curves, cfg)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import _beside
 from jaxprune.models import LayerDims, LlamaConfig, Params, Probes, axes, probes
 from jaxprune.plan import Plan
 
@@ -44,7 +45,8 @@ def take(x: np.ndarray | jax.Array, letters: str, keep: dict) -> np.ndarray:
 def cut(params: Params, cfg: LlamaConfig, plan: Plan) -> tuple[Params, LlamaConfig]:
     """Takes the kept units along every array axis that carries their letter.
 
-    The work is done on the host: on a device each of its many shapes would be a program to compile.
+    The work is done on the host: on a device each of its many shapes would be a program to compile. What comes out lies on the
+    mesh that `params` lie on, see `jaxprune.sharding`.
 
     Args:
       params: the tree of `models.shapes(cfg)`.
@@ -69,9 +71,10 @@ def cut(params: Params, cfg: LlamaConfig, plan: Plan) -> tuple[Params, LlamaConf
     small = pruned_config(cfg, plan)
     keep = tuple({a: x for a, x in k.items() if len(x) < n[a]} for k, n in zip(plan.keep, plan.sizes, strict=True))
     shared = {"d": keep[0]["d"]} if "d" in keep[0] else {}
+    put = _beside.like(params, small)
     out: Params = {}
     for name, letters in small.top_arrays().items():
-        out[name] = jnp.asarray(take(params[name], letters, shared)) if set(letters) & set(shared) else params[name]
+        out[name] = put((name,), take(params[name], letters, shared)) if set(letters) & set(shared) else params[name]
     where = [(old, i) for old in cfg.runs for i in range(old.length)]
     for run in small.runs:
         layers = range(run.start, run.start + run.length)
@@ -86,7 +89,7 @@ def cut(params: Params, cfg: LlamaConfig, plan: Plan) -> tuple[Params, LlamaConf
             for j, i in enumerate(layers):
                 source, at = where[i]
                 wide[j] = take(np.asarray(params[source.name][array])[at], letters, keep[i])
-            arrays[array] = jnp.asarray(wide)
+            arrays[array] = put((run.name, array), wide)
         if arrays:
             out[run.name] = arrays
     return out, small
@@ -136,8 +139,9 @@ def widen(small: Params, cfg: LlamaConfig, plan: Plan) -> Params:
         return wide
 
     shared = {"d": plan.keep[0]["d"]} if "d" in plan.keep[0] else {}
+    put = _beside.like(small, cfg)
     out: Params = {
-        name: jnp.asarray(scatter(small[name], letters, shared, cfg.sizes())) for name, letters in cfg.top_arrays().items()
+        name: put((name,), scatter(small[name], letters, shared, cfg.sizes())) for name, letters in cfg.top_arrays().items()
     }
     for run in cfg.runs:
         arrays: dict[str, list] = {}
@@ -148,5 +152,5 @@ def widen(small: Params, cfg: LlamaConfig, plan: Plan) -> Params:
                 kept = None if kept is None else np.asarray(kept)[i]
                 arrays.setdefault(array, []).append(scatter(kept, letters, plan.keep[layer], cfg.sizes(run.dims)))
         if arrays:
-            out[run.name] = {array: jnp.asarray(np.stack(slices)) for array, slices in arrays.items()}
+            out[run.name] = {array: put((run.name, array), np.stack(slices)) for array, slices in arrays.items()}
     return out

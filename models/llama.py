@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.models import _rope, _taps, axes
 from jaxprune.models._attention import attend
+from jaxprune.models._mesh import by_sequence, from_parts, in_parts
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.types import TAP_KINDS, Params, PerLayer, Probes
 
@@ -151,7 +152,7 @@ def _in_microbatches(f: Callable[[jax.Array], jax.Array], x: jax.Array, microbat
         return f(x)
     if b % microbatch:
         raise ValueError(f"microbatch: {microbatch} given; it must divide the batch of {b} sequences")
-    return jax.lax.map(f, x.reshape(-1, microbatch, *x.shape[1:])).reshape(x.shape)
+    return from_parts(jax.lax.map(f, in_parts(x, microbatch)))
 
 
 def hidden(
@@ -188,11 +189,11 @@ def hidden(
             continue
 
         def layer(x, z):
-            return _layer(z[0], x, cfg, rope, z[1], microbatch, axis_name), None
+            return _layer(z[0], by_sequence(x), cfg, rope, z[1], microbatch, axis_name), None
 
         stacked = {kind: _stack(per_layer, run.start, run.length) for kind, per_layer in probes.items()}
         x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (arrays, stacked))
-    return rms_norm(x, params["norm"], cfg.norm_eps, first_gates.get("d"), cfg.norm_width)
+    return rms_norm(by_sequence(x), params["norm"], cfg.norm_eps, first_gates.get("d"), cfg.norm_width)
 
 
 def head(params: Params, x: Float[Array, "... d"], cfg: LlamaConfig) -> Float[Array, "... v"]:

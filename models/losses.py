@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxprune.models._mesh import by_sequence, from_parts, in_parts, ways
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.llama import head, hidden
 from jaxprune.models.types import LossFn, Params, Probes, Tokens
@@ -12,18 +13,28 @@ from jaxprune.models.types import LossFn, Params, Probes, Tokens
 def token_losses(
     params: Params, x: Float[Array, "b t d"], targets: Int[Array, "b t"], cfg: LlamaConfig, chunk: int = 256
 ) -> Float[Array, "b t"]:
-    """Cross-entropy of each target in nats, float32, with the logits of at most `chunk` tokens in memory at a time."""
-    b, t, d = x.shape
-    pad = -(b * t) % min(chunk, b * t)
-    flat = jnp.pad(x.reshape(b * t, d), ((0, pad), (0, 0))).reshape(-1, min(chunk, b * t), d)
-    wanted = jnp.pad(targets.reshape(b * t), (0, pad)).reshape(flat.shape[:2])
+    """Cross-entropy of each target in nats, float32, with the logits of about `chunk` tokens in memory at a time."""
 
     @jax.checkpoint
     def one(z):
         logits = head(params, z[0], cfg)
-        return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, z[1][:, None], -1)[:, 0]
+        return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, z[1][..., None], -1)[..., 0]
 
-    return jax.lax.map(one, (flat, wanted)).reshape(-1)[: b * t].reshape(b, t)
+    return _joined(jax.lax.map(one, (_chunks(x, chunk), _chunks(targets, chunk))), x.shape[1])
+
+
+def _chunks(x: jax.Array, most: int) -> jax.Array:
+    """[b, t, ...] as [chunks, b, times, ...]: some times of every sequence, so that a chunk is spread over a mesh, too."""
+    b, t = x.shape[:2]
+    n = -(-t // max(1, most // b))
+    times = -(-t // n)
+    padded = jnp.pad(x, ((0, 0), (0, n * times - t)) + ((0, 0),) * (x.ndim - 2))
+    return by_sequence(padded.reshape(b, n, times, *x.shape[2:]).swapaxes(0, 1), 1)
+
+
+def _joined(x: jax.Array, t: int) -> jax.Array:
+    """[chunks, b, times] as [b, t]: what was padded goes."""
+    return x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :t]
 
 
 def token_kl(
@@ -55,18 +66,13 @@ def token_kl(
     >>> kl.shape, bool((kl > 0).all()), bool((abs(models.token_kl(params, x, params, x, cfg)) < 1e-6).all())
     ((2, 5), True, True)
     """
-    tokens = x.shape[0] * x.shape[1]
-    size = min(chunk, tokens)
-
-    def chunks(x: jax.Array) -> jax.Array:
-        return jnp.pad(x.reshape(tokens, -1), ((0, -tokens % size), (0, 0))).reshape(-1, size, x.shape[-1])
 
     @jax.checkpoint
     def one(z):
         p, q = (jax.nn.log_softmax(head(*w, cfg), -1) for w in ((params, z[0]), (other_params, z[1])))
         return jnp.sum(jnp.exp(p) * (p - q), -1)
 
-    return jax.lax.map(one, (chunks(x), chunks(other_x))).reshape(-1)[:tokens].reshape(x.shape[:2])
+    return _joined(jax.lax.map(one, (_chunks(x, chunk), _chunks(other_x, chunk))), x.shape[1])
 
 
 def loss_fn(
@@ -127,8 +133,14 @@ def sample_targets(params: Params, tokens: Int[Array, "b t"], cfg: LlamaConfig, 
     """
     x = hidden(params, tokens, cfg)
     keys = jax.random.split(key, tokens.shape[0])
-    targets = jax.lax.map(lambda z: jax.random.categorical(z[0], head(params, z[1], cfg)), (keys, x))
-    return dict(inputs=tokens, targets=targets.astype(jnp.int32))
+    size = ways(len(keys))  # a sequence at a time on each part of the mesh
+
+    @jax.vmap
+    def draw(key, x):
+        return jax.random.categorical(key, head(params, x, cfg))
+
+    targets = jax.lax.map(lambda z: draw(*z), (keys.reshape(size, -1).swapaxes(0, 1), in_parts(x, size)))
+    return dict(inputs=tokens, targets=from_parts(targets).astype(jnp.int32))
 
 
 def max_logits_fn(

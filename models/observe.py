@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxprune.models import _rope, axes
+from jaxprune.models._mesh import by_sequence
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.llama import attention, mlp, project, rms_norm
 from jaxprune.models.types import Axis, Params
@@ -84,7 +85,7 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
             continue
 
         def layer(x, p):
-            sites = {}
+            x, sites = by_sequence(x), {}
             for axis, name in axes.OUTPUT.items():
                 z, before = None, x
                 if name in p:

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxprune.models import LlamaConfig, Params, PerLayer, Run, axes, project, reads, sublayer
+from jaxprune.models._mesh import by_sequence
 from jaxprune.models.axes import OUTPUT
 from jaxprune.recovery.least_squares import admm, least_squares_to
 
@@ -100,7 +102,7 @@ def reconstruct(
                 out[name][array][i] = x
             if pruned is not dense:
                 _advance(_with(part, OUTPUT[axis], fitted[OUTPUT[axis]]), axis, pruned, cfg)
-    new = {name: params.get(name, {}) | jax.tree.map(jnp.asarray, arrays) for name, arrays in out.items() if arrays}
+    new = {name: params.get(name, {}) | _placed(arrays, params.get(name, {})) for name, arrays in out.items() if arrays}
     return params | new, new_cfg
 
 
@@ -122,6 +124,12 @@ def _writable(params: Params, run: Run, cfg: LlamaConfig) -> dict[str, np.ndarra
     dtype = params["embed"].dtype
     shapes = {n: [run.length, *(cfg.sizes(run.dims)[a] for a in letters[n])] for n in names}
     return {n: np.array(old[n]) if n in old else np.zeros(shapes[n], dtype) for n in names}
+
+
+def _placed(arrays: dict[str, np.ndarray], old: dict[str, Any]) -> dict[str, Any]:
+    """Arrays where the old ones of their names lie, if those lie on a mesh."""
+    homes = {n: x.sharding for n, x in old.items() if isinstance(getattr(x, "sharding", None), NamedSharding)}
+    return {n: jax.device_put(x, homes[n]) if n in homes else jnp.asarray(x) for n, x in arrays.items()}
 
 
 def _with_biases(cfg: LlamaConfig) -> LlamaConfig:
@@ -167,10 +175,10 @@ def _advance(p: dict, axis: str, stream: list, cfg: LlamaConfig) -> None:
 
 @functools.partial(jax.jit, static_argnames=("axis", "cfg"))
 def _after(p, axis, x, cfg):
-    return sublayer(p, OUTPUT[axis], x, cfg)
+    return sublayer(p, OUTPUT[axis], by_sequence(x), cfg)
 
 
-class _Sums(NamedTuple):
+class Sums(NamedTuple):
     """Over tokens: x x^T of what a part reads and y x^T of what it should add; or x of all units, and how many."""
 
     gram: Any = None
@@ -179,24 +187,24 @@ class _Sums(NamedTuple):
     tokens: Any = None
 
 
-def _sums(p, part: _Part, axis, dense: list, pruned: list, target: str, cfg) -> _Sums:
+def _sums(p, part: _Part, axis, dense: list, pruned: list, target: str, cfg) -> Sums:
     """The sums of a sublayer over all batches; takes the dense model's residual stream through it, in place."""
     inputs = int(np.prod(p[OUTPUT[axis]].shape[:-1]))
     width = inputs // len(p[OUTPUT[axis]]) * len(part.units)
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     if target == "bias":
-        sums = _Sums(total=zeros(inputs), tokens=zeros(()))
+        sums = Sums(total=zeros(inputs), tokens=zeros(()))
     else:
-        sums = _Sums(zeros((width, width)), zeros((cfg.d, width)))
+        sums = Sums(zeros((width, width)), zeros((cfg.d, width)))
     for i, (d, x) in enumerate(zip(dense, pruned, strict=True)):
-        dense[i], sums = _step(p, part.arrays, part.units, axis, d, x, sums, target, cfg)
+        dense[i], sums = add_sums(p, part.arrays, part.units, axis, d, x, sums, target, cfg)
     return sums
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "cfg", "target"), donate_argnames="sums")
-def _step(p, kept, index, axis, dense, pruned, sums: _Sums, target, cfg):
+def add_sums(p, kept, index, axis, dense, pruned, sums: Sums, target, cfg):
     """The dense model's residual stream after a sublayer, and the sums with one more batch."""
-    name = OUTPUT[axis]
+    name, dense, pruned = OUTPUT[axis], by_sequence(dense), by_sequence(pruned)
     z = reads(p, name, dense, cfg)
     after = project(p, name, dense, z, cfg, {})
     if target == "bias":
@@ -221,7 +229,7 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, int(np.prod(x.shape[2:]))).astype(jnp.float32)
 
 
-def _fit(p: dict, axis: str, kept: np.ndarray, sums: _Sums, damp: float) -> dict:
+def _fit(p: dict, axis: str, kept: np.ndarray, sums: Sums, damp: float) -> dict:
     """The new output projection of a sublayer, zero for units that go."""
     w = np.asarray(p[OUTPUT[axis]])
     old = w[kept].astype(np.float32).reshape(-1, w.shape[-1]).T  # out, in
@@ -232,7 +240,7 @@ def _fit(p: dict, axis: str, kept: np.ndarray, sums: _Sums, damp: float) -> dict
     return {OUTPUT[axis]: new}
 
 
-def _admm(p: dict, axis: str, kept: np.ndarray, sums: _Sums) -> dict:
+def _admm(p: dict, axis: str, kept: np.ndarray, sums: Sums) -> dict:
     """The same by alternating directions, from the sums of all units."""
     w = np.asarray(p[OUTPUT[axis]])
     rows = w.astype(np.float32).reshape(-1, w.shape[-1]).T  # out, in
@@ -240,7 +248,7 @@ def _admm(p: dict, axis: str, kept: np.ndarray, sums: _Sums) -> dict:
     return {OUTPUT[axis]: admm(rows, np.asarray(sums.gram), stays).T.reshape(w.shape).astype(w.dtype)}
 
 
-def _bias(p: dict, axis: str, kept: np.ndarray, sums: _Sums) -> dict:
+def _bias(p: dict, axis: str, kept: np.ndarray, sums: Sums) -> dict:
     """The output projection with zeros for units that go, and the bias that adds their mean."""
     name = OUTPUT[axis]
     w = np.asarray(p[name])

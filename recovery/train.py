@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from jaxprune.models import Params
+from jaxprune.models._mesh import in_parts
 from jaxprune.recovery import _checkpoints
 from jaxprune.recovery.loss import AdapterLoss
 
@@ -120,7 +121,7 @@ def fit(
     state = _place(State(jnp.int32(0), adapter, tx.init(adapter), jnp.full(steps, jnp.nan, jnp.float32)), params)
     tied = dict(settings or {}) | dict(steps=steps, accumulate=accumulate, state=_describe(state))
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    update = jax.jit(functools.partial(_update, loss, tx, accumulate), donate_argnums=0, out_shardings=(shardings, None))
+    update = jax.jit(functools.partial(update_state, loss, tx, accumulate), donate_argnums=0, out_shardings=(shardings, None))
 
     with contextlib.ExitStack() as stack:
         manager = None
@@ -137,7 +138,7 @@ def fit(
     return state.adapter, np.asarray(state.losses)
 
 
-def _update(
+def update_state(
     loss: AdapterLoss, tx: optax.GradientTransformation, accumulate: int, state: State, params: Params, batch: Any
 ) -> tuple[State, tuple[jax.Array, jax.Array, jax.Array]]:
     """One update; also the mean loss, the weight of the batch and the norm of the gradient."""
@@ -154,7 +155,7 @@ def _update(
         return jax.tree.map(jnp.add, sums, (value, weight, grads)), None
 
     zeros = (0.0, 0.0, jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.adapter))
-    parts = jax.tree.map(lambda x: x.reshape(accumulate, b // accumulate, *x.shape[1:]), batch)
+    parts = jax.tree.map(lambda x: in_parts(x, b // accumulate), batch)
     (value, weight, grads), _ = jax.lax.scan(add, jax.tree.map(jnp.float32, zeros), parts)
     grads = jax.tree.map(lambda g, x: (g / weight).astype(x.dtype), grads, state.adapter)
     updates, opt_state = tx.update(grads, state.opt_state, state.adapter)

@@ -3,6 +3,7 @@
 from jaxprune.scorers._aggregate import aggregate
 from jaxprune.scorers._base import Scorer, Scores, score
 from jaxprune.scorers._combine import chain, mix, normalize, per_axis, scale, standardize
+from jaxprune.scorers._mapped import mapped
 from jaxprune.scorers.block_influence import block_influence, llm_bip
 from jaxprune.scorers.curvature import curvature
 from jaxprune.scorers.depth import earliest
@@ -31,6 +32,7 @@ __all__ = [
     "hywia",
     "llm_bip",
     "magnitude",
+    "mapped",
     "mix",
     "nirvana",
     "normalize",

@@ -90,6 +90,7 @@ def add_to(mean: Mean, increment: Any, sequences: int, axis_name: str | None, su
     """Adds the sum over `sequences` sequences, and over the devices of a mapped axis unless they are `summed` already."""
     count = jnp.float32(sequences)
     if axis_name is not None:
+        check_axis(axis_name)
         count = jax.lax.psum(count, axis_name)
         increment = increment if summed else jax.lax.psum(increment, axis_name)
     return Mean(jax.tree.map(jnp.add, mean.total, increment), mean.sequences + count)
@@ -98,3 +99,13 @@ def add_to(mean: Mean, increment: Any, sequences: int, axis_name: str | None, su
 def sequences_in(tokens: Tokens) -> int:
     """Number of sequences in a batch."""
     return jax.tree.leaves(tokens)[0].shape[0]
+
+
+def check_axis(axis_name: str) -> None:
+    """Raises ValueError inside a `shard_map` that sums, on its own, gradients by what its devices share."""
+    index = jax.typeof(jax.lax.axis_index(axis_name))
+    if index.manual_axis_type.varying if hasattr(index, "manual_axis_type") else index.vma:  # jax 0.10.2, 0.10.0
+        raise ValueError(
+            "shard_map: check_vma=True given, under which gradients are summed over devices before a scorer squares them or "
+            "takes their absolute value; set check_vma=False, or use scorers.mapped"
+        )

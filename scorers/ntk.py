@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.scorers import _aggregate
-from jaxprune.scorers._base import LossFn, Mean, Params, Scorer, Scores, add_to, sequences_in, zeros
+from jaxprune.scorers._base import LossFn, Mean, Params, Scorer, Scores, add_to, check_axis, sequences_in, zeros
 from jaxprune.scorers.taylor import taylor
 
 
@@ -212,6 +212,7 @@ def ntk_sign(function: LossFn, sum_over_units: Callable[[Params], tuple], axis_n
 
         total, _ = jax.lax.scan(one, zeros(jax.eval_shape(sum_over_units, params)), every)
         if axis_name is not None:
+            check_axis(axis_name)
             total = jax.lax.psum(total, axis_name)
         return jax.tree.map(lambda x: x / sequences_in(every) ** 2, total)
 

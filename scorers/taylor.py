@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.scorers import _aggregate
-from jaxprune.scorers._base import LossFn, Mean, Params, Scorer, add_to, sequences_in, zeros
+from jaxprune.scorers._base import LossFn, Mean, Params, Scorer, add_to, check_axis, sequences_in, zeros
 
 KINDS = dict(param_first="abs", param_second="square", param_mix="mix", vectorize="sum")
 
@@ -143,6 +143,7 @@ def full_taylor(
         g, g2 = moments(params, tokens)
         n = jnp.float32(sequences_in(tokens))
         if axis_name is not None:
+            check_axis(axis_name)
             g, g2, n = jax.lax.psum((g, g2, n), axis_name)
         g2 = params if g2 is None else g2  # unused leaves of the right structure
         sums = sum_over_units(jax.tree.map(statistic, params, g, g2))

@@ -12,11 +12,12 @@ FLAGS = dict(
     run="MODEL --out --ratio --method --calibration --data --text --prompt --json",
     prune="MODEL --out --method --ratio --calibration --samples --length --seed --taylor --aggregate --ranking --units "
     "--layers --protect-first --protect-last --steps --multiple-of --max-distinct --for --target-params --target-memory "
-    "--dtype --overwrite --json",
+    "--dtype --overwrite --mesh --strict-sharding --json",
     sparsify="MODEL --out --method --sparsity --nm --variant --block --skip --damp --calibration --samples --length --seed "
     "--dtype --overwrite --json",
-    recover="MODEL --data --out --rank --alpha --steps --batch-size --length --learning-rate --resume --json",
-    evaluate="MODEL --text --window --max-tokens --choice --limit --json",
+    recover="MODEL --data --out --rank --alpha --steps --batch-size --length --learning-rate --resume --distill --train --mesh "
+    "--strict-sharding --json",
+    evaluate="MODEL --text --window --max-tokens --choice --limit --tasks --mesh --strict-sharding --json",
     search="MODEL --out --strategy --ratio --target-params --target-memory --target-flops --target-latency --target-throughput "
     "--batch --context --phase --calibration --fitness --fitness-samples --generations --preset --trials --at-once --layers "
     "--multiple-of --min-kept --for --dtype --overwrite --json",
@@ -25,6 +26,7 @@ FLAGS = dict(
     export="MODEL --to --out --check --type --overwrite --json",
     generate="MODEL --prompt --max-new-tokens --temperature --seed --json",
     verify="DENSE PRUNED --json",
+    size="--model-config --mesh --stage --method --batch --length --dtype --json",
     inspect="MODEL --json",
     methods="--json",
 )

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune import folder, models, recovery
+from jaxprune import models, recovery
+from jaxprune.commands import _devices
 from jaxprune.commands._common import flag
 from jaxprune.models import checkpoint
 
@@ -100,11 +101,11 @@ def make_loss(
     )
 
 
-def load(flags: Distillation, dtype: str | None) -> Teacher | None:
+def load(flags: Distillation, dtype: str | None, devices: _devices.Devices) -> Teacher | None:
     """The teacher of the flags on the student's devices, or None without one."""
     if flags.distill is None:
         return None
-    found = folder.load(flags.distill, dtype, needs_tokenizer=False)
+    found = _devices.load(devices, flags.distill, dtype, needs_tokenizer=False)
     return Teacher(found.params, found.cfg, _fingerprint(found.params))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune import _progress, data, folder, harness
 from jaxprune import evaluate as evaluation
 from jaxprune._text import beginnings
+from jaxprune.commands import _devices
 from jaxprune.commands._common import ModelName, Output, flag, stage
 
 WINDOW = 1024
@@ -44,6 +45,7 @@ class Evaluate:
     """Examples in front of each item of a task."""
     dtype: Annotated[Literal["float32", "bfloat16"] | None, flag("{float32,bfloat16}", "as stored")] = None
     """Type of the weights."""
+    devices: _devices.Devices = _devices.Devices()
     output: Output = Output()
 
 
@@ -53,7 +55,7 @@ def run(args: Evaluate) -> dict[str, Any]:
     tasks = _tasks(args)
     with stage("loading", {}):
         needed = isinstance(text, str) or choices is not None or tasks is not None
-        model = folder.load(args.model, args.dtype, needs_tokenizer=needed)
+        model = _devices.load(args.devices, args.model, args.dtype, needs_tokenizer=needed)
     result = measured(model, args, text, choices)
     if tasks is not None:
         result["tasks"] = harness.run_tasks(model, tasks, limit=args.limit, num_fewshot=args.num_fewshot)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ from jaxprune import _profiles, data, folder, methods, models, pipeline, proof
 from jaxprune._files import atomic_folder
 from jaxprune._progress import progress
 from jaxprune._scores_file import write_scores
-from jaxprune.commands import _budget
+from jaxprune.commands import _budget, _devices
 from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described
 from jaxprune.commands._common import ModelName, Output, Profile, flag, layer_range, peak_memory, say, stage
 
@@ -47,7 +48,7 @@ class Shape:
     protect_last: Annotated[int, flag("N")] = 0
     """Leave the last N layers alone."""
     multiple_of: Annotated[int, flag("N")] = 8
-    """MLP widths are multiples of this."""
+    """MLP widths are multiples of this, and of the mesh's tensor axis."""
     min_kept: Annotated[float | None, flag("F", "the method's own")] = None
     """Every MLP keeps at least this fraction of its channels."""
     max_distinct: Annotated[int | None, flag("N", "no limit")] = None
@@ -80,6 +81,7 @@ class Prune:
     scoring: Scoring = Scoring()
     reconstruction: Reconstruction = Reconstruction()
     shape: Shape = Shape()
+    devices: _devices.Devices = _devices.Devices()
     output: Output = Output()
 
     def settings(self) -> pipeline.Settings:
@@ -101,7 +103,7 @@ class Prune:
             protect_first=self.shape.protect_first,
             protect_last=self.shape.protect_last,
             steps=self.scoring.steps,
-            multiple_of=self.shape.multiple_of,
+            multiple_of=math.lcm(self.shape.multiple_of, self.devices.sizes["tensor"]),
             max_distinct=self.shape.max_distinct,
             profile=self.shape.profile,
             taylor=self.scoring.taylor,
@@ -123,7 +125,7 @@ def run(args: Prune) -> dict[str, Any]:
     with atomic_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
             needs_tokenizer = reads_text and not data.is_token_file(args.calibration.calibration)
-            model = folder.load(args.model, args.dtype, needs_tokenizer=needs_tokenizer)
+            model = _devices.load(args.devices, args.model, args.dtype, needs_tokenizer=needs_tokenizer)
         plan = None if args.plan is None else folder.read_plan(args.plan)
         _profiles.check(model.cfg, settings, plan)
         tokens = fit_tokens = calibration = goal = None
@@ -143,6 +145,7 @@ def run(args: Prune) -> dict[str, Any]:
                 )
             else:
                 pruned = pipeline.by_plan(model.params, model.cfg, plan, fit_tokens, target, progress=progress)
+        _devices.check(args.devices, pruned.cfg)
         report = None
         if args.plan is None and settings.units == ("rotated",):
             say("note: the residual stream was rotated, so there is no masked model to compare the cut with")

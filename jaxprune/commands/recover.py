@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _progress, data, folder, recovery
+from jaxprune import _beside, _progress, data, folder, recovery
 from jaxprune._files import atomic_folder
-from jaxprune.commands import _distillation
+from jaxprune.commands import _devices, _distillation
 from jaxprune.commands._common import ModelName, Output, check_tokens, flag, peak_memory, say, stage
 from jaxprune.commands._distillation import Distillation
 from jaxprune.models import axes
@@ -64,6 +64,7 @@ class Recover:
     overwrite: bool = False
     """Replace the output folder if it has content."""
     distillation: Distillation = Distillation()
+    devices: _devices.Devices = _devices.Devices()
     output: Output = Output()
 
 
@@ -74,8 +75,8 @@ def run(args: Recover) -> dict[str, Any]:
     checkpoints = args.out.parent / f"{args.out.name}.training"
     with atomic_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
-            model = folder.load(args.model, args.dtype)
-            teacher = _distillation.load(args.distillation, args.dtype)
+            model = _devices.load(args.devices, args.model, args.dtype)
+            teacher = _distillation.load(args.distillation, args.dtype, args.devices)
         with stage("reading training data", seconds):
             training = data.training_batches(
                 args.data, model.tokenizer, length=args.length, batch_size=args.batch_size, seed=args.seed
@@ -150,7 +151,7 @@ def _train(
     def batch(step: int) -> dict[str, Any]:
         out = training.batch(step)
         check_tokens(out["tokens"], model.cfg, training.source)
-        return out
+        return _beside.spread(model.params, out)
 
     with _progress.meter("training", args.steps, "step") as advance:
         return recovery.fit(
@@ -199,7 +200,7 @@ def _update(args: Recover, model: folder.Model, training: data.TrainingData, los
     flags = {
         f.name: getattr(args, f.name)
         for f in dataclasses.fields(args)
-        if f.name not in ("output", "out", "resume", "overwrite", "distillation")
+        if f.name not in ("output", "out", "resume", "overwrite", "distillation", "devices")
     }
     flags |= {name: value for name, value in dataclasses.asdict(args.distillation).items() if value is not None}
     paths = jax.tree_util.tree_flatten_with_path(model.params)[0]

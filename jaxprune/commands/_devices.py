@@ -1,0 +1,72 @@
+"""Several devices on the command line: the flags, and a model that is loaded straight into its shards."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import jax
+
+from jaxprune import folder, sharding
+from jaxprune.commands._common import flag, say
+from jaxprune.models import LlamaConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Devices:
+    """Devices that the model is spread over."""
+
+    mesh: Annotated[str | None, flag("AXIS=N,...", "one device")] = None
+    """Sizes of the axes data (sequences), fsdp (sequences and weights) and tensor (heads, MLP channels, vocabulary), e.g.
+    data=2,fsdp=2,tensor=2."""
+    strict_sharding: bool = False
+    """Refuse a mesh by which an axis of the model does not divide, instead of keeping that axis whole on every device."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Axis of the mesh -> devices; all 1 without a mesh.
+
+        Raises:
+          ValueError: the mesh has another form.
+        """
+        return sharding.sizes_of(self.mesh or "data=1")
+
+
+@contextlib.contextmanager
+def set_mesh(flags: Devices | None) -> Iterator[None]:
+    """The mesh that the flags ask for is set, if there is one.
+
+    Raises:
+      ValueError: a mesh of another form, of more devices than there are, or none to be strict about.
+    """
+    if flags is None or flags.mesh is None:
+        if flags is not None and flags.strict_sharding:
+            raise ValueError("strict_sharding: given without a mesh; name one, e.g. --mesh fsdp=2,tensor=4")
+        yield
+        return
+    with jax.set_mesh(sharding.mesh_of(flags.mesh)):
+        yield
+
+
+def load(flags: Devices, source: str, dtype: str | None = None, **options: Any) -> folder.Model:
+    """`folder.load`, each device reading its part alone; says which axes do not divide.
+
+    Raises:
+      ValueError: as `folder.load` and `sharding.place`.
+    """
+    mesh = None if flags.mesh is None else sharding.mesh_of(flags.mesh)
+    model = folder.load(source, dtype, mesh=mesh, strict=flags.strict_sharding, **options)
+    check(flags, model.cfg)
+    return model
+
+
+def check(flags: Devices, cfg: LlamaConfig) -> None:
+    """Says which axes of a model do not divide by the mesh.
+
+    Raises:
+      ValueError: one does not, and the flags are strict.
+    """
+    for note in sharding.replicated(cfg, flags.sizes):
+        if flags.strict_sharding:
+            raise ValueError(f"strict_sharding: {note}; choose another mesh or other widths, or leave --strict-sharding out")
+        say(f"note: {note}")

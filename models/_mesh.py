@@ -1,0 +1,48 @@
+"""Where activations lie: sequences over the axes `data` and `fsdp` of the mesh that is set with `jax.set_mesh`."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+SEQUENCES = ("data", "fsdp")
+
+
+def by_sequence(x: jax.Array, axis: int = 0) -> jax.Array:
+    """`x` with its axis of sequences spread over the mesh, so that it is the weights that travel and not the activations.
+
+    Without a mesh, where the sequences do not divide, and inside `pmap` and `shard_map`, it is `x` itself.
+
+    Args:
+      x: activations, of any shape.
+      axis: the axis of the sequences.
+    """
+    if ways(x.shape[axis]) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, _names()))
+
+
+def ways(n: int) -> int:
+    """How many parts of the mesh `n` sequences are spread over: 1 where `by_sequence` leaves them alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = math.prod(mesh.shape[a] for a in _names())
+    return 1 if n % parts else parts
+
+
+def _names() -> tuple[str, ...]:
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(a for a, kind in kinds if a in SEQUENCES and kind == AxisType.Auto)
+
+
+def in_parts(x: jax.Array, size: int) -> jax.Array:
+    """`x` [b, ...] as [b / size, size, ...]: parts that a loop goes through, each spread over the whole mesh.
+
+    A part holds every (b / size)-th sequence: neighbours would lie on one device, and the others would wait for it.
+    """
+    return by_sequence(x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1), 1)
+
+
+def from_parts(x: jax.Array) -> jax.Array:
+    """The inverse of `in_parts`."""
+    return by_sequence(x.swapaxes(0, 1).reshape(-1, *x.shape[2:]))

@@ -1,0 +1,37 @@
+"""`--mesh` on the command line: the same folders and numbers as on one device."""
+
+import json
+
+import chex
+import numpy as np
+
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 40
+FLAGS = ("--method", "taylor", "--ratio", 0.3, "--samples", 4, "--length", 16)
+
+
+def test_prune_recover_and_evaluate_on_a_mesh(jaxprune, dense, tmp_path):
+    from jaxprune import models
+
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    models_at, numbers = {}, {}
+    for name, mesh in dict(one=(), mesh=("--mesh", "data=2,fsdp=2,tensor=2")).items():
+        small, better, found = tmp_path / name, tmp_path / f"{name}-better", tmp_path / f"{name}.json"
+        done = jaxprune("prune", dense, "--out", small, "--calibration", text, *FLAGS, *mesh)
+        assert done.status == 0, done.err
+        training = ("--data", text, "--steps", 2, "--batch-size", 4, "--length", 16)
+        assert jaxprune("recover", small, "--out", better, *training, *mesh).status == 0
+        assert jaxprune("evaluate", better, "--text", text, "--window", 16, "--json", found, *mesh).status == 0
+        models_at[name], numbers[name] = models.load(small), json.loads(found.read_text())
+    assert models_at["mesh"][1] == models_at["one"][1]
+    chex.assert_trees_all_equal(models_at["mesh"][0], models_at["one"][0])  # cut from the same weights by the same plan
+    np.testing.assert_allclose(numbers["mesh"]["perplexity"], numbers["one"]["perplexity"], rtol=1e-4)
+
+
+def test_meshes_that_cannot_be_are_refused_before_anything_is_done(refused, dense, tmp_path):
+    words = ("prune", dense, "--out", tmp_path / "out", *FLAGS)
+    assert "takes 64 devices; there are 8" in refused(*words, "--mesh", "data=64")
+    assert "name data, fsdp, tensor once each" in refused(*words, "--mesh", "8")
+    assert "given without a mesh" in refused(*words, "--strict-sharding")
+    assert "do not divide by tensor=4" in refused(*words, "--mesh", "tensor=4", "--strict-sharding")
+    assert "do not divide by fsdp=3" in refused("evaluate", dense, "--mesh", "fsdp=3", "--strict-sharding")
