@@ -16,7 +16,7 @@ from jaxprune.recovery.train import State, update_state
 STAGES = ("forward", "score", "reconstruct", "recover")
 KEPT = 0.8  # of the channels, in reconstruction
 # The CPU multiplies in float32. This pass would convert all layers before their loop: a copy of all weights in twice the bytes.
-AS_STORED = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+AS_STORED: dict[str, str | bool] = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
 class Size(NamedTuple):
