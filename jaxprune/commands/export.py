@@ -38,7 +38,7 @@ def run(args: Export) -> dict[str, Any]:
     if args.check:
         if args.to is not None or args.out is not None:
             raise ValueError("check: given together with --to or --out; --check writes nothing and looks at every profile")
-        return {"profiles": _rows(checkpoint.read_config(args.model), args.type)}
+        return _fitting(checkpoint.read_config(args.model), args.type)
     if args.to is None or args.out is None:
         raise ValueError("export: --to and --out are needed; give --to PROFILE --out PATH, or --check")
     profile, path = export.find(args.to), checkpoint.resolve(args.model)
@@ -70,13 +70,16 @@ def run(args: Export) -> dict[str, Any]:
     }
 
 
-def _rows(cfg: LlamaConfig, kind: str | None) -> list[dict[str, Any]]:
+def _fitting(cfg: LlamaConfig, kind: str | None) -> dict[str, Any]:
+    """Which profiles a model fits and how large it would be, and why it does not fit the others."""
     if kind is not None and not any(kind in profile.types for profile in export.PROFILES.values()):
         raise ValueError(f"type: {kind!r} given; allowed are {', '.join(export.TYPES)}")
-    rows = []
+    rows, reasons = [], []
     for name, profile in export.PROFILES.items():
         problems, stored = profile.problems(cfg), kind if kind in profile.types else profile.types[0]
         size = None if problems else round(profile.predicted_bytes(cfg, stored) / 1e6, 1)
-        rows.append({"profile": name, "fits": "no" if problems else "yes", "stored as": stored, "MB": size,
-                     "for": profile.summary, "why not": "; ".join(problems)})  # fmt: skip
-    return rows
+        rows.append(
+            {"profile": name, "fits": "no" if problems else "yes", "stored as": stored, "MB": size, "for": profile.summary}
+        )
+        reasons += [{"profile": name, "why not": problem} for problem in problems]
+    return {"profiles": rows, "reasons": reasons}

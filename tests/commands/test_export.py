@@ -28,9 +28,11 @@ def test_check_says_what_fits_and_why_not(jaxprune, dense, uneven, tmp_path):
     for name, folder in dict(dense=dense, uneven=uneven).items():
         done = jaxprune("export", folder, "--check", "--json", tmp_path / "check.json")
         assert done.status == 0
-        rows = {row["profile"]: row for row in json.loads((tmp_path / "check.json").read_text())["profiles"]}
+        result = json.loads((tmp_path / "check.json").read_text())
+        rows = {row["profile"]: row for row in result["profiles"]}
+        refused = {row["profile"] for row in result["reasons"]}
         assert rows.keys() == export.PROFILES.keys()
-        assert all((row["fits"] == "yes") == (row["why not"] == "") == (row["MB"] is not None) for row in rows.values())
+        assert all((row["fits"] == "no") == (row["MB"] is None) == (profile in refused) for profile, row in rows.items())
         fits[name] = {profile for profile, row in rows.items() if row["fits"] == "yes"}
     assert fits["dense"] == export.PROFILES.keys()
     assert fits["uneven"] == {"hf-custom", "hf-padded", "gguf"}
