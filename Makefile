@@ -108,7 +108,7 @@ test-transformers-4: $(VENV)/.test ## read our folders with transformers 4
 	PYTHONPATH=$(TRANSFORMERS_4) $(BIN)/pytest tests/runtimes/test_transformers.py
 
 test-llama-cpp: $(VENV)/.test $(VENV)/.model $(LLAMA_CPP)/.installed ## run exported GGUF files in llama.cpp itself (Linux, x86-64)
-	$(BIN)/pytest tests/runtimes/test_llama_cpp.py
+	$(BIN)/pytest -n $(JOBS) --dist worksteal tests/runtimes/test_llama_cpp.py
 
 $(LLAMA_CPP)/.installed: $(VENV)/.made tests/runtimes/llama_cpp/package.json tests/runtimes/llama_cpp/package-lock.json
 	rm -rf $(LLAMA_CPP)

@@ -31,6 +31,7 @@ def mapped(scorer: Scorer, mesh: Mesh, axis_name: str) -> Scorer:
     """
     if axis_name not in mesh.axis_names:
         raise ValueError(f"axis_name: {axis_name!r} given; the mesh has {', '.join(map(str, mesh.axis_names))}")
+    mesh = Mesh(mesh.devices, mesh.axis_names)  # whose axes are not explicit, so that sequences may come from anywhere
     whole, parts = PartitionSpec(), PartitionSpec(axis_name)
     # With check_vma the gradient by a probe that all devices share would be summed over them before it is squared.
     update = jax.shard_map(

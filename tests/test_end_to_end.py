@@ -96,10 +96,20 @@ def test_transformers_loads_what_is_uniform(made):
     np.testing.assert_allclose(models.apply(params, jnp.asarray(tokens), cfg), want, atol=1e-3)
 
 
-def test_transformers_refuses_what_it_cannot_say(smollm2, jaxprune, tmp_path):
+def test_transformers_runs_layers_that_differ_if_it_may(smollm2, jaxprune, tmp_path):
+    import torch
     from transformers import AutoModelForCausalLM
+
+    from jaxprune import models
 
     flags = ("--method", "magnitude", "--ratio", "0.2", "--protect-first", "4")
     jaxprune("prune", smollm2, "--out", tmp_path / "uneven", *flags)
-    with pytest.raises(ValueError, match="jaxprune_llama"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "uneven")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "uneven", trust_remote_code=False)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "uneven", trust_remote_code=True).eval()
+    params, cfg = models.load(tmp_path / "uneven")
+    tokens = np.arange(24)[None]
+    with torch.no_grad():
+        logits = theirs(torch.from_numpy(tokens)).logits.numpy()
+    assert len(set(cfg.layers)) == 2
+    np.testing.assert_allclose(logits, models.apply(params, jnp.asarray(tokens), cfg), rtol=1e-3, atol=1e-3)

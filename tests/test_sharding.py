@@ -68,17 +68,11 @@ def flow(params):
     return pruned, losses, merged, evaluate.perplexity(merged, pruned.cfg, TOKENS.reshape(-1), window=12)
 
 
-@functools.cache
-def flow_alone():
-    return flow(PARAMS)
-
-
-@pytest.mark.parametrize("text", MESHES[2:])
-def test_cut_reconstruction_training_and_perplexity(text):
-    mesh = sharding.mesh_of(text)
+def test_cut_reconstruction_training_and_perplexity():
+    mesh = sharding.mesh_of(MESHES[-1])
     with jax.set_mesh(mesh):
         pruned, losses, merged, found = flow(on(mesh))
-    want, want_losses, want_merged, want_found = flow_alone()
+    want, want_losses, want_merged, want_found = flow(PARAMS)
     assert pruned.cfg == want.cfg and pruned.plan.digest == want.plan.digest
     assert len(set(pruned.cfg.layers)) > 1 and pruned.cfg.decoder_parameters < CFG.decoder_parameters
     close(pruned.params, want.params, rtol=1e-4)  # of systems of equations

@@ -36,7 +36,7 @@ def prune(refused, model, tmp_path):
         (("--multiple-of", 0), "multiple_of: 0 given"),
         (("--max-distinct", 0), "max_distinct: 0 given"),
         (("--samples", 0), "samples 0, length 512"),
-        (("--reconstruct", "magic"), "reconstruct: 'magic' given; allowed are none, dense, weights, residual, bias"),
+        (("--reconstruct", "magic"), "reconstruct: 'magic' given; allowed are none, dense, weights, residual, admm, bias"),
         (("--ranking", "best"), "ranking: 'best' given; allowed are local, global"),
         (("--min-kept", 1), "min_kept: 1.0 given"),
         (("--candidates", 0), "candidates: 0 given"),

@@ -23,7 +23,6 @@ HEADLESS = (LayerDims(0, 0, 40), *MIXED)  # the first layer has no attention, so
 QKV, ALL = ("q", "k", "v"), ("q", "k", "v", "o", "gate", "up", "down")
 FACTORS = dict(short_factor=(1.0, 1.1, 1.2, 1.3), long_factor=(2.0, 2.5, 3.0, 4.0))
 ROPES: dict[str, dict[str, Any]] = dict(
-    linear=dict(factor=2.0),
     dynamic=dict(factor=2.0),
     yarn=dict(factor=4.0, original_max_position_embeddings=16),
     longrope=dict(original_max_position_embeddings=16, **FACTORS),
@@ -52,7 +51,7 @@ PLAIN = dict(
     window=config(A, A, family="mistral", sliding_window=6),
     qwen2=config(A, A, family="qwen2", biases=QKV),
     bfloat16=config(A, A),
-    **{kind: config(A, **rope(kind)) for kind in ROPES},
+    **{kind: config(A, **rope(kind)) for kind in ("longrope", "llama3")},
 )
 PADDED = dict(
     mixed=config(*MIXED),
@@ -73,7 +72,7 @@ CUSTOM = dict(
     window_biases=config(A, A, sliding_window=6, biases=("o", "down")),
     rotated=config(*HEADLESS, d=24, shortcuts=True, norm_width=32),
     bfloat16=config(*MIXED),
-    **{kind: config(LayerDims(0, 0, 40), B, **rope(kind)) for kind in ROPES},
+    **{kind: config(LayerDims(0, 0, 40), B, **rope(kind)) for kind in ("dynamic", "yarn", "longrope")},
 )
 PROFILES = dict(hf=(hf, PLAIN), hf_padded=(hf_padded, PADDED), hf_custom=(hf_custom, CUSTOM))
 PAD, LENGTH, NEW = (0, 3), 12, 8  # tokens of padding before each prompt, of it with them, and to generate

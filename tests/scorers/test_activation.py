@@ -99,7 +99,7 @@ def test_llm_bip_bounds_the_change_of_the_block():
     s = site(0, "k")
 
     def rest(x):
-        return models.project(p, "down", x, models.mlp(p, x, CFG, {}), {})
+        return models.project(p, "down", x, models.mlp(p, x, CFG, {}), CFG, {})
 
     for unit in range(2):
         z = s.z[:, :, unit].reshape(6, 12, -1)
