@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from jaxprune._files import atomic_file
 from jaxprune.models import LlamaConfig, Params
 from jaxprune.models.axes import INPUT, MATRICES
 from jaxprune.recovery import sparse
@@ -105,9 +105,8 @@ def write_block(file: Path, arrays: dict[str, np.ndarray], seen: dict[str, Matri
     """Writes the sparse matrices of a block and what became of them, whole or not at all."""
     from safetensors.numpy import save_file
 
-    beside = file.with_suffix(".partial")
-    save_file({n: np.ascontiguousarray(x) for n, x in arrays.items()}, beside, {n: json.dumps(m) for n, m in seen.items()})
-    os.replace(beside, file)
+    with atomic_file(file, overwrite=True) as beside:
+        save_file({n: np.ascontiguousarray(x) for n, x in arrays.items()}, beside, {n: json.dumps(m) for n, m in seen.items()})
 
 
 def read_block(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Matrix]]:

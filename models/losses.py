@@ -20,11 +20,11 @@ def token_losses(
         logits = head(params, z[0], cfg)
         return jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, z[1][..., None], -1)[..., 0]
 
-    return _joined(jax.lax.map(one, (_chunks(x, chunk), _chunks(targets, chunk))), x.shape[1])
+    return joined(jax.lax.map(one, (chunks(x, chunk), chunks(targets, chunk))), x.shape[1])
 
 
-def _chunks(x: jax.Array, most: int) -> jax.Array:
-    """[b, t, ...] as [chunks, b, times, ...]: some times of every sequence, so that a chunk is spread over a mesh, too."""
+def chunks(x: jax.Array, most: int) -> jax.Array:
+    """[b, t, ...] as parts [n, b, times, ...] of about `most` tokens: times of every sequence, so that a mesh shares each."""
     b, t = x.shape[:2]
     n = -(-t // max(1, most // b))
     times = -(-t // n)
@@ -32,8 +32,8 @@ def _chunks(x: jax.Array, most: int) -> jax.Array:
     return by_sequence(padded.reshape(b, n, times, *x.shape[2:]).swapaxes(0, 1), 1)
 
 
-def _joined(x: jax.Array, t: int) -> jax.Array:
-    """[chunks, b, times] as [b, t]: what was padded goes."""
+def joined(x: jax.Array, t: int) -> jax.Array:
+    """The inverse for a number a token, [chunks, b, times] as [b, t]: what was padded goes."""
     return x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :t]
 
 
@@ -72,7 +72,7 @@ def token_kl(
         p, q = (jax.nn.log_softmax(head(*w, cfg), -1) for w in ((params, z[0]), (other_params, z[1])))
         return jnp.sum(jnp.exp(p) * (p - q), -1)
 
-    return _joined(jax.lax.map(one, (_chunks(x, chunk), _chunks(other_x, chunk))), x.shape[1])
+    return joined(jax.lax.map(one, (chunks(x, chunk), chunks(other_x, chunk))), x.shape[1])
 
 
 def loss_fn(

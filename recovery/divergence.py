@@ -6,6 +6,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from jaxprune import models
+from jaxprune.models.losses import chunks, joined
 from jaxprune.recovery.layer_map import LayerMap
 
 
@@ -59,12 +60,7 @@ def logit_divergence(
     >>> bool((0 < top).all()), bool((top <= whole).all())
     (True, True)
     """
-    b, t = x.shape[:2]
-    size = min(chunk, b * t)
     k = top_k if top_k is not None and top_k < cfg.vocab else None
-
-    def chunks(x: jax.Array) -> jax.Array:
-        return jnp.pad(x.reshape(b * t, -1), ((0, -(b * t) % size), (0, 0))).reshape(-1, size, x.shape[-1])
 
     def one(z):
         logits = models.head(teacher, z[1], teacher_cfg) / temperature
@@ -76,16 +72,15 @@ def logit_divergence(
         return jnp.sum(jnp.exp(p) * (p - q), -1)
 
     one = jax.checkpoint(one, policy=jax.checkpoint_policies.save_only_these_names("teacher"))
-    divergences = jax.lax.map(one, (chunks(x), chunks(y))).reshape(-1)[: b * t].reshape(b, t)
-    return temperature**2 * divergences
+    return temperature**2 * joined(jax.lax.map(one, (chunks(x, chunk), chunks(y, chunk))), x.shape[1])
 
 
 def _outcomes(logits: jax.Array, ids: jax.Array | None) -> jax.Array:
-    """Log-probabilities of the tokens `ids` [n, k] and of all others together, [n, k + 1]; of all tokens if there are none."""
+    """Log-probabilities of the tokens `ids` [..., k] and of all others together, [..., k + 1]; of all if there are none."""
     logits = jax.nn.log_softmax(logits, -1)
     if ids is None:
         return logits
-    others = logits.at[jnp.arange(len(ids))[:, None], ids].set(-jnp.inf)
+    others = jnp.put_along_axis(logits, ids, -jnp.inf, -1, inplace=False)
     top = jnp.take_along_axis(logits, ids, -1)
     return jnp.concatenate([top, jax.nn.logsumexp(others, -1, keepdims=True)], -1)
 

@@ -51,11 +51,12 @@ def run(args: Export) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     with (atomic_file if profile.suffix else atomic_folder)(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
-            params, cfg = models.load(path, dtype=args.type if args.type in export.FLOATS else None)
+            params, cfg = models.load(path, dtype=args.type if args.type in checkpoint.FLOATS else None)
             tokenizer = folder.load_tokenizer(path, needed=False)
-        kind = args.type or (params["embed"].dtype.name if profile.types == export.FLOATS else profile.types[0])
+        stored = params["embed"].dtype.name
+        kind = args.type or (stored if stored in profile.types else profile.types[0])
         with stage("writing", seconds):
-            notes = profile.write(out, params, cfg, tokenizer, *([] if profile.types == export.FLOATS else [kind])) or []
+            notes = profile.write(out, params, cfg, tokenizer, kind)
     for note in notes:
         say(f"note: {note}")
     files = [args.out] if profile.suffix else [file for file in args.out.rglob("*") if file.is_file()]

@@ -70,6 +70,15 @@ def numbers(layers: list[int]) -> str:
     return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers[:4]))}{' ...' if len(layers) > 4 else ''}"
 
 
+def shapes_of(cfg: LlamaConfig) -> tuple[dict[LayerDims, list[int]], str]:
+    """Widths -> the layers that have them, of layers of which anything is left, and the first three of these in words."""
+    layers: dict[LayerDims, list[int]] = {}
+    for i, dims in kept(cfg).items():
+        layers.setdefault(dims, []).append(i)
+    shown = "; ".join(f"{numbers(where)}: {words(dims)}" for dims, where in list(layers.items())[:3])
+    return layers, shown + ("; ..." if len(layers) > 3 else "")
+
+
 def beyond_padding(cfg: LlamaConfig) -> list[str]:
     """Why no widths make this model one of transformers' own; empty if some do."""
     why = []

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune.models import _hf, _stored, checkpoint
-from jaxprune.models.config import LayerDims, LlamaConfig
-from jaxprune.models.export._plain import beyond_padding, is_plain, kept, numbers, uniform, words
+from jaxprune.models.config import LlamaConfig
+from jaxprune.models.export._plain import beyond_padding, is_plain, shapes_of, uniform, words
 from jaxprune.models.params import shapes
 from jaxprune.models.types import Params
 
@@ -34,14 +34,10 @@ or prune with --for hf
     if is_plain(cfg):
         return []
     why = beyond_padding(cfg)
-    layers: dict[LayerDims, list[int]] = {}
-    for i, dims in kept(cfg).items():
-        layers.setdefault(dims, []).append(i)
+    layers, shown = shapes_of(cfg)
     shape = uniform(cfg)
     cure = "export as hf-custom" if why or shape is None else f"{words(shape)}: export as hf-padded, or prune with --for hf"
     if len(layers) > 1:
-        shown = "; ".join(f"{numbers(where)}: {words(dims)}" for dims, where in list(layers.items())[:3])
-        shown += "; ..." if len(layers) > 3 else ""
         fits = "" if why or shape is None else "the smallest uniform shape that holds them all is "
         why.append(f"layers have {len(layers)} different shapes ({shown}); {fits}{cure}")
     elif layers and not why:

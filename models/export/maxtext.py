@@ -32,8 +32,8 @@ import numpy as np
 
 from jaxprune.models import _stored
 from jaxprune.models._families import beyond_llama
-from jaxprune.models.config import LayerDims, LlamaConfig
-from jaxprune.models.export._plain import kept, numbers, words
+from jaxprune.models.config import LlamaConfig
+from jaxprune.models.export._plain import kept, shapes_of
 from jaxprune.models.export.hf import refuse
 from jaxprune.models.params import shapes
 from jaxprune.models.types import Params
@@ -65,18 +65,14 @@ def problems(cfg: LlamaConfig) -> list[str]:
     ['biases of q: the layout of MaxText for them is not known here; prune a model without biases, or recover without them']
     """
     why = []
-    layers: dict[LayerDims, list[int]] = {}
-    for i, dims in kept(cfg).items():
-        layers.setdefault(dims, []).append(i)
-    uneven = [f"{numbers(where)}: {words(dims)}" for dims, where in layers.items()]
+    layers, shown = shapes_of(cfg)
     if len(layers) > 1:
-        shown = "; ".join(uneven[:3]) + ("; ..." if len(uneven) > 3 else "")
         why.append(
             f"layers have {len(layers)} different shapes ({shown}), and stacked parameters have one; pad them "
             f"(jaxprune.models.export.hf_padded.pad), or prune all layers to one shape"
         )
     elif not layers or not min(*next(iter(layers))):
-        why.append(f"MaxText's layers have an attention and an MLP; here {'; '.join(uneven) or 'nothing is left of any layer'}")
+        why.append(f"MaxText's layers have an attention and an MLP; here {shown or 'nothing is left of any layer'}")
     if cfg.biases:
         why.append(
             f"biases of {', '.join(cfg.biases)}: the layout of MaxText for them is not known here; prune a model without "
