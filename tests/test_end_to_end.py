@@ -46,37 +46,44 @@ def made(smollm2, jaxprune, tmp_path_factory):
     return root, memory
 
 
+@pytest.fixture(scope="module")
+def default(smollm2, jaxprune, tmp_path_factory):
+    """A folder pruned by the default recipe, whose layers differ."""
+    folder = tmp_path_factory.mktemp("default") / "default"
+    jaxprune("prune", smollm2, "--out", folder, "--ratio", "0.2", "--samples", "8", "--length", "256")
+    return folder
+
+
 def test_pruning_stays_under_two_gibibytes(made, smollm2, jaxprune, tmp_path):
     setting = ("--method", "taylor", "--ratio", "0.2", "--protect-first", "4", "--protect-last", "2")  # LLM-Pruner's
     assert jaxprune("prune", smollm2, "--out", tmp_path / "out", *setting) < 2 * GIB
     assert made[1] < 2 * GIB
 
 
-def test_the_cut_is_exact_after_a_round_trip_to_disk(made, smollm2, jaxprune, tmp_path):
+def test_the_cut_is_exact_after_a_round_trip_to_disk(made, default, smollm2, jaxprune, tmp_path):
     jaxprune("verify", smollm2, made[0] / "taylor", "--json", tmp_path / "verify.json")
     result = json.loads((tmp_path / "verify.json").read_text())
     assert result["exact"] and result["tensors updated"] == 0
     assert result["largest logit difference"] < 1e-4 * result["largest logit"]
+    jaxprune("verify", smollm2, default)
 
 
-def test_a_fifth_of_the_decoder_is_gone_and_scores_know_which(made, smollm2, jaxprune, tmp_path):
+def test_a_fifth_of_the_decoder_is_gone_and_scores_know_which(made, default, smollm2):
     from jaxprune import data, evaluate, models
 
     def perplexity(source):
         params, cfg = models.load(source)
         tokenizer = models.load_tokenizer(source)
         text = "\n\n".join(data.read_text("builtin-heldout").pieces)
-        tokens = evaluate.encode_text(tokenizer, text)[:2048]
+        tokens = evaluate.encode_text(tokenizer, text)[:1024]
         return evaluate.perplexity(params, cfg, tokens, window=512)["perplexity"], cfg.decoder_parameters
 
     dense, size = perplexity(smollm2)
     taylor, small = perplexity(made[0] / "taylor")
     random, _ = perplexity(made[0] / "random")
-    jaxprune("prune", smollm2, "--out", tmp_path / "default", "--ratio", "0.2", "--samples", "8", "--length", "256")
-    jaxprune("verify", smollm2, tmp_path / "default")
-    default, reconstructed = perplexity(tmp_path / "default")
+    ours, reconstructed = perplexity(default)
     assert all(abs(1 - parameters / size - 0.2) < 0.005 for parameters in (small, reconstructed))
-    assert dense < default < taylor < random
+    assert dense < ours < taylor < random
 
 
 def test_transformers_loads_what_is_uniform(made):
@@ -96,20 +103,18 @@ def test_transformers_loads_what_is_uniform(made):
     np.testing.assert_allclose(models.apply(params, jnp.asarray(tokens), cfg), want, atol=1e-3)
 
 
-def test_transformers_runs_layers_that_differ_if_it_may(smollm2, jaxprune, tmp_path):
+def test_transformers_runs_layers_that_differ_if_it_may(default):
     import torch
     from transformers import AutoModelForCausalLM
 
     from jaxprune import models
 
-    flags = ("--method", "magnitude", "--ratio", "0.2", "--protect-first", "4")
-    jaxprune("prune", smollm2, "--out", tmp_path / "uneven", *flags)
     with pytest.raises(ValueError, match="trust_remote_code"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "uneven", trust_remote_code=False)
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "uneven", trust_remote_code=True).eval()
-    params, cfg = models.load(tmp_path / "uneven")
+        AutoModelForCausalLM.from_pretrained(default, trust_remote_code=False)
+    theirs = AutoModelForCausalLM.from_pretrained(default, trust_remote_code=True).eval()
+    params, cfg = models.load(default)
     tokens = np.arange(24)[None]
     with torch.no_grad():
         logits = theirs(torch.from_numpy(tokens)).logits.numpy()
-    assert len(set(cfg.layers)) == 2
+    assert len(set(cfg.layers)) > 1
     np.testing.assert_allclose(logits, models.apply(params, jnp.asarray(tokens), cfg), rtol=1e-3, atol=1e-3)

@@ -15,6 +15,7 @@ from jaxprune._scores_file import read_scores
 from jaxprune.commands import _budget, evaluate, prune, recover, verify
 from jaxprune.commands._calibration import Calibration, Reconstruction
 from jaxprune.commands._common import ModelName, Output, flag
+from jaxprune.commands._distillation import Distillation
 from jaxprune.commands._stages import once, opened
 from jaxprune.commands.generate import check_prompt, continuation
 from jaxprune.models import checkpoint
@@ -23,7 +24,7 @@ from jaxprune.plan import Plan
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recovery:
-    """LoRA training after the cut."""
+    """Training with adapters (LoRA) after the cut."""
 
     data: Annotated[str, flag("SRC")] = "builtin"
     """Instructions (.json, .jsonl) or any text source; `none` leaves recovery out."""
@@ -35,6 +36,8 @@ class Recovery:
     """Tokens in a sequence."""
     learning_rate: Annotated[float, flag("R")] = 5e-4
     """Highest learning rate."""
+    distill: bool = False
+    """Learn from the dense model's distribution of the next token instead of the text's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,7 @@ class Run:
         return recover.Recover(
             model=str(self.out / "pruned"), data=r.data, out=self.out / "recovered", steps=r.recovery_steps, overwrite=True,
             resume=True, batch_size=r.batch_size, length=r.recovery_length, learning_rate=r.learning_rate,
-            seed=self.calibration.seed,
+            seed=self.calibration.seed, distillation=Distillation(distill=self.model if r.distill else None),
         )  # fmt: skip
 
     def evaluate_flags(self, model: str) -> evaluate.Evaluate:
@@ -148,6 +151,13 @@ def _stages(args: Run) -> dict[str, Any]:
     return _rows(metrics) | {"exact": done["verify"]["exact"], "report": str(page)}
 
 
+def _recovery(args: Run, done: dict[str, Any]) -> dict[str, Any] | None:
+    if "recover" not in done:
+        return None
+    loss = "divergence from the dense model" if args.recovery.distill else "cross-entropy"
+    return {k: done["recover"][k] for k in ("training data", "steps")} | {"loss": loss}
+
+
 def _sample(args: Run, model: str) -> dict[str, Any]:
     return {"text": continuation(folder.load(model, args.dtype), args.evaluation.prompt, 48)}
 
@@ -174,7 +184,7 @@ def _report(args: Run, done: dict[str, Any], metrics: dict[str, Any], samples: d
         command=shlex.join(["jaxprune", *sys.argv[1:]]),
         method=record["method"],
         calibration=record["calibration"] or "none",
-        recovery=None if "recover" not in done else {k: done["recover"][k] for k in ("training data", "steps")},
+        recovery=_recovery(args, done),
         seed=record["seed"],
         versions=record["versions"],
         notes=record["metrics"]["notes"],

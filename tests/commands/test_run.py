@@ -8,7 +8,7 @@ import pytest
 
 SMALL = (
     *("--ratio", 0.5, "--samples", 2, "--length", 16, "--recovery-steps", 3, "--batch-size", 2, "--recovery-length", 16),
-    *("--window", 32, "--max-tokens", 64, "--prompt", "A word"),
+    *("--window", 32, "--max-tokens", 64, "--prompt", "A word", "--distill"),
 )
 STAGES = [
     "pruning", "recovery", "verification", "evaluation, dense", "sample, dense", "evaluation, pruned", "sample, pruned",
@@ -53,7 +53,7 @@ def test_the_report_stands_alone(finished):
         assert image.imread(finished / f"{figure}.png").std() > 0.01
     assert page.count("data:image/png;base64,") == 4
     assert not re.search(r"(src|href)=[\"'](?!data:|#)", page)
-    assert "A word" in page
+    assert "A word" in page and "divergence from the dense model" in page
 
 
 def test_a_complete_run_is_not_repeated(finished, dense, jaxprune, tmp_path):
