@@ -11,9 +11,8 @@ import numpy as np
 
 from jaxprune.models import _hf
 from jaxprune.models._layout import ROTATED, file_shape, file_view, halves, parts
-from jaxprune.models.config import LlamaConfig
 from jaxprune.models.params import shapes
-from jaxprune.models.types import Params
+from jaxprune.models.types import Config, Params
 
 
 class Stored(NamedTuple):
@@ -39,7 +38,7 @@ class Stored(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def tensors(params: Params, cfg: LlamaConfig, config: dict[str, Any]) -> list[Stored]:
+def tensors(params: Params, cfg: Config, config: dict[str, Any]) -> list[Stored]:
     """All tensors of a file with `config` as its `config.json`.
 
     Raises:
@@ -67,7 +66,7 @@ def _joined(name: str, tensors: list[Stored]) -> Stored:
     return tensors[0]._replace(name=name, shape=shape, values=lambda: np.concatenate([tensor.values() for tensor in tensors]))
 
 
-def check_tree(params: Params, cfg: LlamaConfig) -> None:
+def check_tree(params: Params, cfg: Config) -> None:
     """Raises ValueError unless `params` has the arrays and shapes of `cfg`."""
 
     def flat(tree: Params) -> dict[str, tuple[int, ...]]:
@@ -81,7 +80,7 @@ def check_tree(params: Params, cfg: LlamaConfig) -> None:
             )
 
 
-def own(params: Params, cfg: LlamaConfig) -> Iterator[Stored]:
+def own(params: Params, cfg: Config) -> Iterator[Stored]:
     """The arrays of the model itself, layer by layer within each array."""
     for path, name, layers, shape in parts(cfg):
         x = params
@@ -96,10 +95,10 @@ def _values(x: Any, name: str, i: int | None) -> np.ndarray:
     return file_view(name, np.asarray(x if i is None else x[i]))
 
 
-def _padding(params: Params, cfg: LlamaConfig, config: dict[str, Any]) -> Iterator[Stored]:
+def _padding(params: Params, cfg: Config, config: dict[str, Any]) -> Iterator[Stored]:
     missing = tuple(name for name in _hf.stored_biases(config) if name not in cfg.biases)
     dtype = params["embed"].dtype
-    for layer, dims in enumerate(cfg.layers):
+    for layer, dims in enumerate(cfg.layers if missing else ()):
         size, alive = cfg.sizes(dims), dict(o_bias=dims.kv_heads, down_bias=dims.ff)
         for name, letters in dataclasses.replace(cfg, biases=missing).layer_arrays(dims).items():
             if name.endswith("_bias") and alive.get(name, True):

@@ -27,7 +27,17 @@ class Run(NamedTuple):
     name: str
     start: int
     length: int
-    dims: LayerDims
+    dims: Any
+
+
+def runs_of(layers: tuple[Any, ...]) -> tuple[Run, ...]:
+    """Consecutive layers of equal widths, in order."""
+    out, start = [], 0
+    for i, (dims, group) in enumerate(itertools.groupby(layers)):
+        length = len(list(group))
+        out.append(Run(f"run_{i}", start, length, dims))
+        start += length
+    return tuple(out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,12 +121,22 @@ class LlamaConfig:
         >>> [(run.name, run.start, run.length) for run in cfg.runs]
         [('run_0', 0, 3), ('run_1', 3, 1)]
         """
-        out, start = [], 0
-        for i, (dims, group) in enumerate(itertools.groupby(self.layers)):
-            length = len(list(group))
-            out.append(Run(f"run_{i}", start, length, dims))
-            start += length
-        return tuple(out)
+        return runs_of(self.layers)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The matrices of a layer, as far as it has them."""
+        return axes.MATRICES
+
+    @property
+    def units(self) -> str:
+        """The axis letters of units that layers may differ in."""
+        return "kf"
+
+    def narrow(self, dims: LayerDims, widths: dict[str, int]) -> LayerDims:
+        """A layer with other widths, by axis letter."""
+        kv = widths.get("k", dims.kv_heads)
+        return LayerDims(kv, dims.q_per_kv if kv else 0, widths.get("f", dims.ff))
 
     def sizes(self, dims: LayerDims | None = None) -> dict[str, int]:
         """Axis letter -> size, of the whole model or of a layer."""
