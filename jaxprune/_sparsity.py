@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprune._files import atomic_file
-from jaxprune.models import LlamaConfig, Params
+from jaxprune.models import Config, Params
 from jaxprune.models.axes import INPUT, MATRICES
 from jaxprune.recovery import sparse
 
@@ -67,7 +67,7 @@ class Matrix(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def chosen(cfg: LlamaConfig, asked: Sparsity) -> tuple[tuple[str, ...], ...]:
+def chosen(cfg: Config, asked: Sparsity) -> tuple[tuple[str, ...], ...]:
     """Names of the matrices that become sparse, layer by layer.
 
     Raises:
@@ -119,7 +119,7 @@ def read_block(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Matrix]]:
         return {n: f.get_tensor(n) for n in f.keys()}, seen  # noqa: SIM118 (not a dict)
 
 
-def achieved(params: Params, cfg: LlamaConfig, names: Sequence[str], pattern: sparse.Pattern) -> dict[str, tuple[float, int]]:
+def achieved(params: Params, cfg: Config, names: Sequence[str], pattern: sparse.Pattern) -> dict[str, tuple[float, int]]:
     """Fraction of zeros and violations of the pattern, of matrices by names such as `layers.0.q`.
 
     Raises:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune._losses import Progress
 from jaxprune._sparsity import METHODS, Matrix, Sparsity, achieved, chosen, read_block, write_block
-from jaxprune.models import LlamaConfig, Params, reads, rms_norm, sublayer
+from jaxprune.models import Config, Params, reads, rms_norm, sublayer
 from jaxprune.models.axes import MATRICES
 from jaxprune.recovery import sparse
 
@@ -22,7 +22,7 @@ GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # matrices that r
 
 def sparsify(
     params: Params,
-    cfg: LlamaConfig,
+    cfg: Config,
     batches: Sequence[Any],
     asked: Sparsity,
     *,
@@ -84,7 +84,7 @@ def sparsify(
 
 
 def _block(
-    p: dict, names: Sequence[str], stream: Sequence[Any], cfg: LlamaConfig, asked: Sparsity
+    p: dict, names: Sequence[str], stream: Sequence[Any], cfg: Config, asked: Sparsity
 ) -> tuple[dict[str, np.ndarray], dict[str, Matrix]]:
     """The sparse matrices of a block, each group from what those before it pass on."""
     new: dict[str, np.ndarray] = {}

@@ -11,6 +11,8 @@ import numpy as np
 
 from jaxprune.models import _hf
 from jaxprune.models._layout import ROTATED, file_shape, file_view, halves, parts
+from jaxprune.models.config import LlamaConfig
+from jaxprune.models.mamba_config import MambaConfig
 from jaxprune.models.params import shapes
 from jaxprune.models.types import Config, Params
 
@@ -45,6 +47,8 @@ def tensors(params: Params, cfg: Config, config: dict[str, Any]) -> list[Stored]
       ValueError: `params` is not a tree of `cfg`.
     """
     check_tree(params, cfg)
+    if isinstance(cfg, MambaConfig):
+        return list(own(params, cfg))
     table = _hf.table_of(config)
     out = {(tensor.name, tensor.layer): tensor for tensor in (*own(params, cfg), *_padding(params, cfg, config))}
     if table.interleaved:
@@ -95,10 +99,10 @@ def _values(x: Any, name: str, i: int | None) -> np.ndarray:
     return file_view(name, np.asarray(x if i is None else x[i]))
 
 
-def _padding(params: Params, cfg: Config, config: dict[str, Any]) -> Iterator[Stored]:
+def _padding(params: Params, cfg: LlamaConfig, config: dict[str, Any]) -> Iterator[Stored]:
     missing = tuple(name for name in _hf.stored_biases(config) if name not in cfg.biases)
     dtype = params["embed"].dtype
-    for layer, dims in enumerate(cfg.layers if missing else ()):
+    for layer, dims in enumerate(cfg.layers):
         size, alive = cfg.sizes(dims), dict(o_bias=dims.kv_heads, down_bias=dims.ff)
         for name, letters in dataclasses.replace(cfg, biases=missing).layer_arrays(dims).items():
             if name.endswith("_bias") and alive.get(name, True):

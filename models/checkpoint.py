@@ -68,12 +68,8 @@ def load(source: str | Path, *, dtype: Any = None, place: _layout.Place | None =
       FileNotFoundError: a part of the checkpoint is missing.
       ValueError: the checkpoint is damaged, of an architecture that is not supported, or holds NaN or infinite weights.
     """
-    if dtype is not None and jnp.dtype(dtype).name not in FLOATS:
-        raise ValueError(f"dtype {jnp.dtype(dtype).name} given; allowed are {', '.join(FLOATS)}")
-    path = resolve(source)
-    opened = _safetensors.open_folder(path) if path.is_dir() else _gguf.open_file(path)
-    params = _layout.assemble(opened, dtype, place or (lambda _, x: jax.device_put(x)))
-    return params, opened.cfg
+    found = opened(resolve(source))
+    return read(found, dtype, place), found.cfg
 
 
 def read_config(source: str | Path) -> Config:
@@ -85,8 +81,19 @@ def read_config(source: str | Path) -> Config:
     Raises:
       FileNotFoundError, ValueError: as `load`, as far as the configuration shows it.
     """
-    path = resolve(source)
-    return (_safetensors.open_folder(path) if path.is_dir() else _gguf.open_file(path)).cfg
+    return opened(resolve(source)).cfg
+
+
+def opened(path: Path) -> _layout.Source:
+    """A folder or a GGUF file, its configuration read and its weights not yet; errors as of `read_config`."""
+    return _safetensors.open_folder(path) if path.is_dir() else _gguf.open_file(path)
+
+
+def read(source: _layout.Source, dtype: Any = None, place: _layout.Place | None = None) -> Params:
+    """The weights of what `opened` returned; arguments and errors as of `load`."""
+    if dtype is not None and jnp.dtype(dtype).name not in FLOATS:
+        raise ValueError(f"dtype {jnp.dtype(dtype).name} given; allowed are {', '.join(FLOATS)}")
+    return _layout.assemble(source, dtype, place or (lambda _, x: jax.device_put(x)))
 
 
 def save(folder: str | Path, params: Params, cfg: Config, tokenizer: Any = None) -> None:

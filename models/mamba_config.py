@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import sys
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jaxprune.models import axes
-from jaxprune.models.config import Run, runs_of
+from jaxprune.models.config import LlamaConfig, Run, runs_of
 
+COMMANDS = ("prune", "sparsify", "verify", "inspect", "export --check", "evaluate --text", "generate")  # that know Mamba
 BIASES = ((), ("conv1d",), ("in_proj", "out_proj"), ("in_proj", "conv1d", "out_proj"))
 
 
@@ -103,16 +105,17 @@ class MambaConfig:
         """The axis letters of units that layers may differ in."""
         return "i"
 
-    def narrow(self, dims: MambaDims, widths: dict[str, int]) -> MambaDims:
-        """A layer with other widths, by axis letter."""
-        return MambaDims(widths.get("i", dims.inner))
+    def with_widths(self, widths: Sequence[Mapping[str, int]]) -> "MambaConfig":
+        """The model whose layers have other widths, by axis letter; letters that are absent keep theirs."""
+        layers = zip(self.layers, widths, strict=True)
+        return dataclasses.replace(self, layers=tuple(MambaDims(layer.get("i", dims.inner)) for dims, layer in layers))
 
-    def sizes(self, dims: MambaDims | None = None) -> dict[str, int]:
+    def sizes(self, dims: Any = None) -> dict[str, int]:
         """Axis letter -> size, of the whole model or of a layer."""
         out = dict(v=self.vocab, d=self.d, n=self.state, r=self.dt_rank, w=self.conv, p=2, e=self.dt_rank + 2 * self.state)
         return out if dims is None else out | dict(i=dims.inner)
 
-    def layer_arrays(self, dims: MambaDims) -> dict[str, str]:
+    def layer_arrays(self, dims: Any) -> dict[str, str]:
         """Array name -> axes, of one layer."""
         del dims
         names = [f"{n}_bias" for n in (*self.biases, "dt_proj")]
@@ -122,7 +125,7 @@ class MambaConfig:
         """Array name -> axes, of what stands outside the layers."""
         return {n: ax for n, ax in axes.TOP.items() if not (n == "head" and self.tie_embeddings)}
 
-    def matrix_parameters(self, dims: MambaDims) -> int:
+    def matrix_parameters(self, dims: Any) -> int:
         """Parameters of the matrices of one layer: what a pruning ratio is a fraction of."""
         size = self.sizes(dims)
         return sum(math.prod(size[a] for a in axes.MAMBA[n]) for n in axes.MAMBA_MATRICES)
@@ -131,3 +134,26 @@ class MambaConfig:
     def decoder_parameters(self) -> int:
         """Parameters of the matrices of all layers."""
         return sum(map(self.matrix_parameters, self.layers))
+
+
+def only_llama(cfg: LlamaConfig | MambaConfig, what: str) -> LlamaConfig:
+    """`cfg`, where only LLaMA-family models will do.
+
+    Args:
+      cfg: the model.
+      what: what is asked for, for the error.
+
+    Raises:
+      ValueError: it is a Mamba.
+
+    >>> from jaxprune.models import LayerDims, LlamaConfig
+    >>> from jaxprune.models.mamba_config import only_llama
+    >>> cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48),))
+    >>> only_llama(cfg, "recover") is cfg
+    True
+    """
+    if isinstance(cfg, MambaConfig):
+        raise ValueError(
+            f"{what}: works with LLaMA-family models, this one is a MambaForCausalLM; for it there are {', '.join(COMMANDS)}"
+        )
+    return cfg

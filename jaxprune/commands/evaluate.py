@@ -55,7 +55,7 @@ def run(args: Evaluate) -> dict[str, Any]:
     tasks = _tasks(args)
     with stage("loading", {}):
         needed = isinstance(text, str) or choices is not None or tasks is not None
-        model = _devices.load(args.devices, args.model, args.dtype, needs_tokenizer=needed)
+        model = _devices.load_any(args.devices, args.model, args.dtype, needs_tokenizer=needed)
     result = measured(model, args, text, choices)
     if tasks is not None:
         result["tasks"] = harness.run_tasks(model, tasks, limit=args.limit, num_fewshot=args.num_fewshot)

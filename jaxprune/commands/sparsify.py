@@ -95,7 +95,7 @@ def run(args: Sparsify) -> dict[str, Any]:
     given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")})
     with atomic_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
-            model = folder.load(args.model, args.dtype, needs_tokenizer=not data.is_token_file(args.calibration))
+            model = folder.load_any(args.model, args.dtype, needs_tokenizer=not data.is_token_file(args.calibration))
         names = sparsify.chosen(model.cfg, asked)
         with stage("reading calibration text", seconds):
             calibration = _calibration(args, model)
