@@ -120,6 +120,7 @@ def run(args: Run) -> dict[str, Any]:
 def _check(args: Run) -> None:
     """Refuses flags and files that a later stage would stumble over, before anything is done."""
     args.prune_flags().settings()
+    only_llama(checkpoint.read_config(args.model), "run")
     recover.optimizer(args.recover_flags())
     check_prompt(args.evaluation.prompt)
     evaluate.inputs(args.evaluate_flags(args.model))
