@@ -79,9 +79,8 @@ def chosen(cfg: Config, asked: Sparsity) -> tuple[tuple[str, ...], ...]:
     ((), ('k', 'v', 'o', 'gate', 'up'))
     """
     has = [[n for n in cfg.matrices if n in cfg.layer_arrays(dims)] for dims in cfg.layers]
-    known = {*cfg.matrices, *(f"layers.{i}" for i in range(len(has)))} | {
-        f"layers.{i}.{n}" for i, x in enumerate(has) for n in x
-    }
+    layers = [f"layers.{i}" for i in range(len(has))]
+    known = {*cfg.matrices, *layers} | {f"{layer}.{n}" for layer, names in zip(layers, has, strict=True) for n in names}
     if unknown := [name for name in asked.skip if name not in known]:
         raise ValueError(
             f"skip: {unknown[0]!r} given; allowed are {', '.join(cfg.matrices)}, layers.0 to {layers[-1]}, and the two "

@@ -28,7 +28,7 @@ from jaxprune.models.llama import head, linear, rms_norm
 from jaxprune.models.mamba_config import MambaConfig
 from jaxprune.models.types import Params, Probes
 
-CHUNK = 64  # tokens whose states are in memory at a time
+CHUNK = 16  # tokens whose states are in memory at a time; on CPUs longer chunks are slower
 Cache: TypeAlias = dict[str, jax.Array]  # of one layer, or stacked by run
 
 
