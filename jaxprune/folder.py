@@ -3,7 +3,7 @@
 import importlib.metadata
 import platform
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxprune import sharding, surgery
 from jaxprune._decode import check_file
 from jaxprune._json import write_json
-from jaxprune.models import Config, LlamaConfig, Params
+from jaxprune.models import Config, Params
 from jaxprune.models import checkpoint as checkpoints
 from jaxprune.models import tokenizer as tokenizers
 from jaxprune.models._layout import Place, Source
@@ -20,7 +20,6 @@ from jaxprune.models._safetensors import read_json
 from jaxprune.models.mamba_config import only_llama
 from jaxprune.plan import Plan
 
-C = TypeVar("C", bound=Config, covariant=True)
 RECORD = "jaxprune.json"
 DTYPES = ("float32", "bfloat16")
 KEYS: dict[str, Any] = dict(  # of a record, and their types
@@ -29,18 +28,18 @@ KEYS: dict[str, Any] = dict(  # of a record, and their types
 )  # fmt: skip
 
 
-class Model(NamedTuple, Generic[C]):
+class Model(NamedTuple):
     """A model in memory.
 
     Attributes:
-      params, cfg: the model.
+      params, cfg: the model; of `load` a `LlamaConfig`, of `load_any` a `Config`.
       tokenizer: of transformers, or None.
       source: what the user named.
       record: the content of its `jaxprune.json`, or None.
     """
 
     params: Params
-    cfg: C
+    cfg: Any
     tokenizer: Any
     source: str
     record: dict[str, Any] | None
@@ -48,7 +47,7 @@ class Model(NamedTuple, Generic[C]):
 
 def load(
     source: str, dtype: str | None = None, *, needs_tokenizer: bool = True, mesh: Mesh | None = None, strict: bool = False
-) -> Model[LlamaConfig]:
+) -> Model:
     """Loads a LLaMA-family model, its tokenizer and its record.
 
     Args:
@@ -68,7 +67,7 @@ def load(
     return _read(source, path, found, cfg, dtype, needs_tokenizer, place)
 
 
-def load_any(source: str, dtype: str | None = None, *, needs_tokenizer: bool = True) -> Model[Config]:
+def load_any(source: str, dtype: str | None = None, *, needs_tokenizer: bool = True) -> Model:
     """Loads a model of any architecture; arguments and errors as of `load`."""
     path = checkpoints.resolve(source)
     found = checkpoints.opened(path)
@@ -77,7 +76,7 @@ def load_any(source: str, dtype: str | None = None, *, needs_tokenizer: bool = T
 
 def _read(
     source: str, path: Path, found: Source, cfg: Any, dtype: str | None, needs_tokenizer: bool, place: Place | None
-) -> Model[Any]:
+) -> Model:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} given; allowed are {', '.join(DTYPES)}")
     record = read_record(path)

@@ -9,7 +9,7 @@ import jax
 
 from jaxprune import folder, sharding
 from jaxprune.commands._common import flag, say
-from jaxprune.models import Config, LlamaConfig
+from jaxprune.models import Config
 from jaxprune.models.mamba_config import only_llama
 
 
@@ -49,7 +49,7 @@ def set_mesh(flags: Devices | None) -> Iterator[None]:
         yield
 
 
-def load(flags: Devices, source: str, dtype: str | None = None, **options: Any) -> folder.Model[LlamaConfig]:
+def load(flags: Devices, source: str, dtype: str | None = None, **options: Any) -> folder.Model:
     """`folder.load`, each device reading its part alone; says which axes do not divide.
 
     Raises:
@@ -61,7 +61,7 @@ def load(flags: Devices, source: str, dtype: str | None = None, **options: Any) 
     return model
 
 
-def load_any(flags: Devices, source: str, dtype: str | None = None, **options: Any) -> folder.Model[Config]:
+def load_any(flags: Devices, source: str, dtype: str | None = None, **options: Any) -> folder.Model:
     """`folder.load_any`, and `load` where there is a mesh, on which Mamba cannot be spread.
 
     Raises:
