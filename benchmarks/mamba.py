@@ -1,6 +1,6 @@
 """Trains a small Mamba on a text, then makes it sparse and narrower by every method and measures perplexity on held-out text.
 
-    python benchmarks/mamba.py --text wikitext2.valid.txt --out mamba-fixture     # 8 minutes on 2 cores
+    python benchmarks/mamba.py --text wikitext2.valid.txt --out mamba-fixture     # 15 minutes on 2 busy cores
     python benchmarks/mamba.py                                                    # Python's own documentation
 
 No pretrained Mamba is assumed: this one is small and trained for minutes, so that methods can be compared with each other and
