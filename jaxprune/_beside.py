@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxprune.models import LlamaConfig, Params
+from jaxprune.models import Config, Params
 from jaxprune.models._layout import Place
 from jaxprune.models._mesh import SEQUENCES
+from jaxprune.models.mamba_config import only_llama
 from jaxprune.sharding import AXES, on_mesh, place, shardings
 
 
@@ -21,16 +22,16 @@ def home(params: Params) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) and set(mesh.axis_names) == set(AXES) else None
 
 
-def like(params: Params, cfg: LlamaConfig) -> Place:
+def like(params: Params, cfg: Config) -> Place:
     """Puts arrays of the model `cfg` on the mesh of `params`; on the default device if they lie on none."""
     mesh = home(params)
-    return (lambda _, x: jnp.asarray(x)) if mesh is None else place(cfg, mesh)
+    return (lambda _, x: jnp.asarray(x)) if mesh is None else place(only_llama(cfg, "mesh"), mesh)
 
 
-def moved(params: Params, cfg: LlamaConfig, beside: Params) -> Params:
+def moved(params: Params, cfg: Config, beside: Params) -> Params:
     """The parameters of the model `cfg`, on the mesh that the parameters `beside` lie on."""
     mesh = home(beside)
-    return params if mesh is None else jax.device_put(params, shardings(cfg, mesh))
+    return params if mesh is None else jax.device_put(params, shardings(only_llama(cfg, "mesh"), mesh))
 
 
 def shares(params: Params) -> int:

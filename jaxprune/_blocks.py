@@ -5,14 +5,14 @@ from typing import TypeVar
 
 import numpy as np
 
-from jaxprune._constraints import Constraints
-from jaxprune.models import LlamaConfig, PerLayer
+from jaxprune._constraints import CHANNELS, Constraints
+from jaxprune.models import Config, PerLayer
 
 T = TypeVar("T")
 
 
 def blocks(
-    scores: PerLayer, widths: list[dict[str, int]], cfg: LlamaConfig, constraints: Constraints, units: str
+    scores: PerLayer, widths: list[dict[str, int]], cfg: Config, constraints: Constraints, units: str
 ) -> list[tuple[int, str, int]]:
     """Layer, axis letter and number of units of each block that may go, the lowest mean score first.
 
@@ -31,7 +31,7 @@ def blocks(
         for a, n in widths[i].items():
             if a not in units:
                 continue
-            s, step = np.sort(np.asarray(scores[i][a], np.float64)), constraints.multiple_of if a == "f" else 1
+            s, step = np.sort(np.asarray(scores[i][a], np.float64)), constraints.multiple_of if a in CHANNELS else 1
             start = 0
             for end in range(n - (n - 1) // step * step, n - constraints.fewest(a, n, i) + 1, step):
                 found.append((s[start:end].mean(), i, a, end - start))

@@ -3,8 +3,10 @@
 import dataclasses
 import math
 
-from jaxprune.models import LlamaConfig, unit_costs
+from jaxprune.models import Config, unit_costs, unit_counts
 from jaxprune.plan import Widths
+
+CHANNELS = "fi"  # axis letters of single channels, which go in multiples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,9 +16,9 @@ class Constraints:
     Attributes:
       layers: layers that may be pruned, half-open; None is all.
       units: axis letters that may be pruned.
-      multiple_of: MLP widths that change are multiples of this.
+      multiple_of: MLP widths, and inner widths of Mamba, that change are multiples of this.
       min_kept: every MLP keeps at least this fraction of its channels.
-      channels: what `min_kept` is a fraction of, MLP channels per layer; None is what the layers have.
+      channels: what `min_kept` is a fraction of, channels per layer; None is what the layers have.
     """
 
     layers: tuple[int, int] | None = None
@@ -30,10 +32,10 @@ class Constraints:
             raise ValueError(f"min_kept: {self.min_kept} given; allowed is 0 or more and less than 1")
         if self.multiple_of < 1:
             raise ValueError(f"multiple_of: {self.multiple_of} given; ask for at least 1")
-        if not self.units or set(self.units) - set("kf"):
-            raise ValueError(f"units: {self.units!r} given; allowed are k (KV groups), f (MLP channels) or both")
+        if not self.units or set(self.units) - set("kf") and self.units != "i":
+            raise ValueError(f"units: {self.units!r} given; allowed are k (KV groups), f (MLP channels) or both; i (of Mamba)")
 
-    def chosen(self, cfg: LlamaConfig) -> range:
+    def chosen(self, cfg: Config) -> range:
         """The layers that may be pruned.
 
         Raises:
@@ -55,7 +57,7 @@ class Constraints:
         return min(max(step, math.ceil(self.min_kept * whole / step) * step), have)
 
 
-def reachable(cfg: LlamaConfig, constraints: Constraints) -> int:
+def reachable(cfg: Config, constraints: Constraints) -> int:
     """The most parameters that can be removed."""
     costs = unit_costs(cfg)
     return sum(
@@ -66,12 +68,12 @@ def reachable(cfg: LlamaConfig, constraints: Constraints) -> int:
     )
 
 
-def full_widths(cfg: LlamaConfig) -> list[dict[str, int]]:
+def full_widths(cfg: Config) -> list[dict[str, int]]:
     """Units of the model, per layer and axis letter, `k` before `f`."""
-    return [{a: cfg.sizes(dims)[a] for a in "kf" if cfg.sizes(dims)[a]} for dims in cfg.layers]
+    return [dict(layer) for layer in unit_counts(cfg)]
 
 
-def check(cfg: LlamaConfig, budget: int, constraints: Constraints) -> None:
+def check(cfg: Config, budget: int, constraints: Constraints) -> None:
     """Raises ValueError if the budget is more than can be removed."""
     most = reachable(cfg, constraints)
     if budget > most:
@@ -81,7 +83,7 @@ def check(cfg: LlamaConfig, budget: int, constraints: Constraints) -> None:
         )
 
 
-def removed(cfg: LlamaConfig, widths: Widths) -> int:
+def removed(cfg: Config, widths: Widths) -> int:
     """Parameters of attention and MLP matrices that an allocation removes."""
     costs, full = unit_costs(cfg), full_widths(cfg)
     return sum(costs[i][a] * (full[i][a] - n) for i, layer in enumerate(widths) for a, n in layer.items())

@@ -6,10 +6,10 @@ import time
 import jax
 import numpy as np
 
-from jaxprune.models import LlamaConfig, Params, decode
+from jaxprune.models import Config, Params, decode
 
 
-def latency(params: Params, cfg: LlamaConfig, *, prompt: int = 128, new: int = 32, repeats: int = 5) -> dict[str, float | int]:
+def latency(params: Params, cfg: Config, *, prompt: int = 128, new: int = 32, repeats: int = 5) -> dict[str, float | int]:
     """Measures greedy generation with a key/value cache, one sequence, after a warm-up that compiles.
 
     Args:

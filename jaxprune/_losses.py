@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxprune._beside import shares, spread
-from jaxprune.models import LlamaConfig, Params, hidden, token_losses
+from jaxprune.models import Config, Params, hidden, token_losses
 
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 BATCH_TOKENS = 4096  # tokens that go through the model at a time
@@ -21,7 +21,7 @@ def token_losses_of(params, tokens, cfg):
 
 
 def losses(
-    params: Params, cfg: LlamaConfig, rows: np.ndarray, batch: int | None, progress: Progress | None, what: str
+    params: Params, cfg: Config, rows: np.ndarray, batch: int | None, progress: Progress | None, what: str
 ) -> Iterator[np.ndarray]:
     """Yields the cross-entropy of tokens 1, 2, ... of each row, float32[t - 1] in nats, in order.
 

@@ -3,19 +3,21 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from jaxprune import _shapes, allocate, methods, recovery
 from jaxprune._constraints import full_widths
 from jaxprune._settings import Settings
-from jaxprune.models import LayerDims, LlamaConfig, PerLayer, unit_counts
+from jaxprune.models import Config, LlamaConfig, PerLayer, unit_counts
+from jaxprune.models.mamba_config import only_llama
 from jaxprune.plan import Plan, Widths, select
 from jaxprune.recovery import slicing
 
 
-def shape(curves: PerLayer, cfg: LlamaConfig, budget: int, settings: Settings, dense: LlamaConfig) -> LlamaConfig:
-    """The model after a step.
+def shape(curves: PerLayer, cfg: Config, budget: int, settings: Settings, dense: Config) -> Any:
+    """The model after a step, of the kind of `cfg`.
 
     Args:
       curves: scores, or measured curves where the ranking reads those; not read by rankings in `methods.WITHOUT_SCORES`.
@@ -28,7 +30,8 @@ def shape(curves: PerLayer, cfg: LlamaConfig, budget: int, settings: Settings, d
       ValueError: the budget is more than can be removed.
     """
     if settings.units == ("rotated",):
-        return sliced(cfg, recovery.sliced_width(cfg, settings.ratio))
+        rotated = only_llama(cfg, "rotated")
+        return sliced(rotated, recovery.sliced_width(rotated, settings.ratio))
     constraints = settings.constraints(dense)
     if settings.units == ("hidden",):
         step = settings.multiple_of
@@ -36,17 +39,17 @@ def shape(curves: PerLayer, cfg: LlamaConfig, budget: int, settings: Settings, d
         return dataclasses.replace(cfg, d=min(max(kept, step), cfg.d))
     if settings.units in (("layers",), ("sublayers",)):
         rule = allocate.whole_layers if settings.units == ("layers",) else allocate.sublayers
-        return with_widths(cfg, rule(curves, cfg, budget, constraints))
+        return cfg.with_widths(rule(curves, cfg, budget, constraints))
     widths = methods.RANKINGS[settings.allocation](curves, cfg, budget, constraints)
     if settings.max_distinct is not None:
-        widths = _shapes.merge(widths, cfg, budget, constraints, settings.max_distinct)
-    return with_widths(cfg, widths)
+        widths = _shapes.merge(widths, only_llama(cfg, "max_distinct"), budget, constraints, settings.max_distinct)
+    return cfg.with_widths(widths)
 
 
-def at_ratio(curves: PerLayer, cfg: LlamaConfig, settings: Settings) -> Callable[[float], LlamaConfig]:
+def at_ratio(curves: PerLayer, cfg: Config, settings: Settings) -> Callable[[float], Any]:
     """`shape` as a function of the ratio: what `budgets.meet` searches."""
 
-    def at(ratio: float) -> LlamaConfig:
+    def at(ratio: float) -> Any:
         there = dataclasses.replace(settings, ratio=ratio)
         return shape(curves, cfg, round(cfg.decoder_parameters * ratio), there, cfg)
 
@@ -70,7 +73,7 @@ def smallest(cfg: LlamaConfig, settings: Settings) -> LlamaConfig | None:
     full = full_widths(cfg)
     for i in constraints.chosen(cfg):
         full[i] |= {a: constraints.fewest(a, n, i) for a, n in full[i].items() if a in constraints.units}
-    return with_widths(cfg, tuple(full))
+    return cfg.with_widths(tuple(full))
 
 
 def narrower(cfg: LlamaConfig, settings: Settings) -> Callable[[int], LlamaConfig] | None:
@@ -82,26 +85,16 @@ def narrower(cfg: LlamaConfig, settings: Settings) -> Callable[[int], LlamaConfi
     return None
 
 
-def widths(small: LlamaConfig, cfg: LlamaConfig) -> Widths:
+def widths(small: Config, cfg: Config) -> Widths:
     """Units that each layer of `cfg` keeps in `small`, per layer and axis letter."""
     return tuple({a: small.sizes(dims)[a] for a in before} for dims, before in zip(small.layers, full_widths(cfg), strict=True))
 
 
-def plan(scores: PerLayer, small: LlamaConfig, cfg: LlamaConfig, settings: Settings) -> Plan:
+def plan(scores: PerLayer, small: Config, cfg: Config, settings: Settings) -> Plan:
     """The units with the highest scores, as many as the shape `small` has."""
     if settings.units == ("hidden",):
         return select(scores, ({"d": small.d},) * len(cfg.layers))
     kept = widths(small, cfg)
     if settings.units in (("layers",), ("sublayers",)):
-        return Plan(tuple({a: np.arange(n) for a, n in layer.items()} for layer in kept), unit_counts(cfg, "kf"))
+        return Plan(tuple({a: np.arange(n) for a, n in layer.items()} for layer in kept), unit_counts(cfg))
     return select(scores, kept)
-
-
-def with_widths(cfg: LlamaConfig, kept: Widths) -> LlamaConfig:
-    """The model whose layers keep so many units."""
-
-    def narrow(dims: LayerDims, layer: dict[str, int]) -> LayerDims:
-        kv = layer.get("k", dims.kv_heads)
-        return LayerDims(kv, dims.q_per_kv if kv else 0, layer.get("f", dims.ff))
-
-    return dataclasses.replace(cfg, layers=tuple(map(narrow, cfg.layers, kept)))

@@ -4,18 +4,19 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from jaxprune import _narrow, surgery
-from jaxprune.models import LayerDims, LlamaConfig, export
+from jaxprune.models import Config, LayerDims, LlamaConfig, export
+from jaxprune.models.mamba_config import only_llama
 from jaxprune.plan import Plan
 
 if TYPE_CHECKING:
     from jaxprune._settings import Settings
 
 
-def check(cfg: LlamaConfig, settings: "Settings", plan: Plan | None = None) -> None:
+def check(model: Config, settings: "Settings", plan: Plan | None = None) -> None:
     """Refuses what may lead to a model that `settings.profile` cannot hold.
 
     Args:
-      cfg: the model to prune.
+      model: what to prune.
       settings: what to do.
       plan: what to keep, where that is known.
 
@@ -28,6 +29,7 @@ def check(cfg: LlamaConfig, settings: "Settings", plan: Plan | None = None) -> N
     """
     if settings.profile is None:
         return
+    cfg = only_llama(model, "for")
     if settings.target == "bias":
         cfg = dataclasses.replace(cfg, biases=tuple(dict.fromkeys((*cfg.biases, "o", "down"))))
     for shape in _may_become(cfg, settings) if plan is None else [surgery.pruned_config(cfg, plan)]:

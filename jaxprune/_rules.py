@@ -6,12 +6,13 @@ from collections.abc import Callable
 import numpy as np
 
 from jaxprune._blocks import blocks, spend
-from jaxprune._constraints import Constraints, check, full_widths, removed
-from jaxprune.models import LlamaConfig, PerLayer, unit_costs
+from jaxprune._constraints import CHANNELS, Constraints, check, full_widths, removed
+from jaxprune.models import Config, PerLayer, unit_costs
+from jaxprune.models.mamba_config import only_llama
 from jaxprune.plan import Widths
 
 
-def whole_layers(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constraints) -> Widths:
+def whole_layers(scores: PerLayer, cfg: Config, budget: int, constraints: Constraints) -> Widths:
     """Removes whole decoder layers, those whose units' scores have the lowest sum.
 
     Args:
@@ -63,9 +64,9 @@ def llm_pruner(ratio: float) -> Callable[..., Widths]:
     if not 0 < ratio < 1:
         raise ValueError(f"ratio: {ratio} given; allowed is between 0 and 1, both excluded")
 
-    def allocate(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constraints) -> Widths:
+    def allocate(scores: PerLayer, cfg: Config, budget: int, constraints: Constraints) -> Widths:
         del scores, budget
-        widths, h = full_widths(cfg), cfg.head_dim
+        widths, h = full_widths(cfg), only_llama(cfg, "llm_pruner").head_dim
         for i in constraints.chosen(cfg):
             for a, n in widths[i].items():
                 size = h if a == "k" else 1
@@ -77,7 +78,7 @@ def llm_pruner(ratio: float) -> Callable[..., Widths]:
     return allocate
 
 
-def sublayers(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constraints) -> Widths:
+def sublayers(scores: PerLayer, cfg: Config, budget: int, constraints: Constraints) -> Widths:
     """Removes whole attentions and whole MLPs, those with the lowest mean score first.
 
     Args:
@@ -134,7 +135,7 @@ def gamma(factor: float = 3.36) -> Callable[..., Widths]:
     if factor <= 0:
         raise ValueError(f"gamma: {factor} given; it must be positive")
 
-    def allocate(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constraints) -> Widths:
+    def allocate(scores: PerLayer, cfg: Config, budget: int, constraints: Constraints) -> Widths:
         check(cfg, budget, constraints)
         widths, costs = full_widths(cfg), unit_costs(cfg)
         held = {a: sum(costs[i][a] * widths[i].get(a, 0) for i in constraints.chosen(cfg) if a in costs[i]) for a in "kf"}
@@ -181,7 +182,7 @@ def depth(schedule: str = "linear", slope: float = 0.5) -> Callable[..., Widths]
     def weight(x: float) -> float:
         return 1 + slope * (2 * x - 1) if schedule == "linear" else 1 - slope + 2 * slope * math.log2(1 + x)
 
-    def allocate(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constraints) -> Widths:
+    def allocate(scores: PerLayer, cfg: Config, budget: int, constraints: Constraints) -> Widths:
         del scores
         check(cfg, budget, constraints)
         full, costs, chosen = full_widths(cfg), unit_costs(cfg), constraints.chosen(cfg)
@@ -197,10 +198,10 @@ def depth(schedule: str = "linear", slope: float = 0.5) -> Callable[..., Widths]
                     drop = int(fraction * n + 1e-9) if "f" in layer else round(fraction * n)
                     widths[i]["k"] = n - min(drop, n - 1)
                     left -= costs[i]["k"] * (n - widths[i]["k"])
-                if n := layer.get("f"):
-                    step = constraints.multiple_of
-                    kept = round((n - left / costs[i]["f"]) / step) * step
-                    widths[i]["f"] = min(max(kept, constraints.fewest("f", n, i)), n)
+                for a in layer.keys() & set(CHANNELS):
+                    n, step = layer[a], constraints.multiple_of
+                    kept = round((n - left / costs[i][a]) / step) * step
+                    widths[i][a] = min(max(kept, constraints.fewest(a, n, i)), n)
             return widths
 
         low, high = 0.0, float(len(chosen)) * 4

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jaxprune._files import atomic_bytes
-from jaxprune.models import PerLayer
+from jaxprune.models import PerLayer, axes
 
 
 def write_scores(path: Path, scores: PerLayer) -> None:
@@ -25,4 +25,4 @@ def write_scores(path: Path, scores: PerLayer) -> None:
 def read_scores(path: Path, layers: int) -> PerLayer:
     """Reads what `write_scores` wrote of a model with so many layers; axes that are not there are absent."""
     with np.load(path) as stored:
-        return tuple({a: stored[f"{i}.{a}"] for a in "kfd" if f"{i}.{a}" in stored} for i in range(layers))
+        return tuple({a: stored[f"{i}.{a}"] for a in axes.UNITS if f"{i}.{a}" in stored} for i in range(layers))

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, PRNGKeyArray
 
-from jaxprune.models import LlamaConfig, Params, decode
+from jaxprune.models import Config, Params, decode
 
 
 def self_blocks(
     params: Params,
-    cfg: LlamaConfig,
+    cfg: Config,
     *,
     samples: int,
     length: int,

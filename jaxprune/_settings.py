@@ -4,8 +4,10 @@ import dataclasses
 import math
 
 from jaxprune import allocate, methods, recovery
-from jaxprune.models import LlamaConfig, export
+from jaxprune._constraints import CHANNELS
+from jaxprune.models import Config, MambaConfig, export, unit_counts
 
+MAMBA_RANKINGS = ("local", "global", "standardized", "linear", "log")
 ROOM = 0.8  # a method's own floor is left out where the budget takes more than this part of what the floor lets go
 
 
@@ -16,7 +18,8 @@ class Settings:
     Attributes:
       method: a name in `methods.METHODS`.
       ratio: fraction of the parameters of the attention and MLP matrices of all layers to remove, in (0, 1).
-      units: names of the units that may go: `kv` and `mlp`, or `layers`, or `sublayers`, or `hidden`.
+      units: names of the units that may go: `kv` and `mlp`, or `layers`, or `sublayers`, or `hidden`; of Mamba
+        `inner`.
       ranking: how the budget is spread over layers, a name in `methods.RANKINGS`, or None for the method's own.
       reconstruct: what the weights that stay are fitted to, a name in `recovery.TARGETS` or `none`, or None for the method's
         own.
@@ -101,6 +104,21 @@ class Settings:
             )
         object.__setattr__(self, "max_distinct", 1)
 
+    def check(self, cfg: Config) -> None:
+        """Raises ValueError unless a model has the units that these settings are about, and can be pruned so."""
+        mamba = isinstance(cfg, MambaConfig)
+        if mamba != (self.units == ("inner",)):
+            allowed = "inner" if mamba else ", ".join(name for name in methods.UNITS if name != "inner")
+            raise ValueError(f"units: {','.join(self.units)} given; a model of family {cfg.family} has {allowed}")
+        if not mamba:
+            return
+        if self.allocation not in MAMBA_RANKINGS:
+            raise ValueError(f"ranking: {self.allocation} given; for Mamba there are {', '.join(MAMBA_RANKINGS)}")
+        for name in ("target", "max_distinct", "profile"):
+            if (value := getattr(self, name)) is not None:
+                flag = dict(target="reconstruct", profile="for").get(name, name)
+                raise ValueError(f"{flag}: {value} given, which is for LLaMA-family models; leave it out for Mamba")
+
     @property
     def allocation(self) -> str:
         """How the budget is spread."""
@@ -112,7 +130,7 @@ class Settings:
         name = methods.find(self.method).reconstruct if self.reconstruct is None else self.reconstruct
         return None if name == "none" else name
 
-    def constraints(self, cfg: LlamaConfig) -> allocate.Constraints:
+    def constraints(self, cfg: Config) -> allocate.Constraints:
         """The layers and units of a model that may go; every step towards the ratio has those of the dense model."""
         n = len(cfg.layers)
         start, stop = self.layers or (0, n)
@@ -121,10 +139,10 @@ class Settings:
         letters = "".join(methods.UNITS[u] for u in self.units)
         constraints = allocate.Constraints(
             layers=(start, stop),
-            units=letters if set(letters) <= set("kf") else "kf",
+            units=letters if set(letters) <= set("kfi") else "kf",
             multiple_of=self.multiple_of,
             min_kept=self.min_kept or 0.0,
-            channels=tuple(dims.ff for dims in cfg.layers),
+            channels=tuple(sum(n for a, n in layer.items() if a in CHANNELS) for layer in unit_counts(cfg)),
         )
         own = dataclasses.replace(constraints, min_kept=methods.find(self.method).min_kept)
         room = ROOM * allocate.reachable(cfg, own) >= self.ratio * cfg.decoder_parameters

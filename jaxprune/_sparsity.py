@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprune._files import atomic_file
-from jaxprune.models import LlamaConfig, Params
-from jaxprune.models.axes import INPUT, MATRICES
+from jaxprune.models import Config, Params
+from jaxprune.models.axes import INPUT
 from jaxprune.recovery import sparse
 
 METHODS = ("magnitude", "wanda", "sparsegpt", "apt")
@@ -67,7 +67,7 @@ class Matrix(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def chosen(cfg: LlamaConfig, asked: Sparsity) -> tuple[tuple[str, ...], ...]:
+def chosen(cfg: Config, asked: Sparsity) -> tuple[tuple[str, ...], ...]:
     """Names of the matrices that become sparse, layer by layer.
 
     Raises:
@@ -78,12 +78,13 @@ def chosen(cfg: LlamaConfig, asked: Sparsity) -> tuple[tuple[str, ...], ...]:
     >>> sparsify.chosen(cfg, sparsify.Sparsity(skip=("q", "layers.0", "layers.1.down")))
     ((), ('k', 'v', 'o', 'gate', 'up'))
     """
-    has = [[n for n in MATRICES if n in cfg.layer_arrays(dims)] for dims in cfg.layers]
-    known = {*MATRICES, *(f"layers.{i}" for i in range(len(has)))} | {f"layers.{i}.{n}" for i, x in enumerate(has) for n in x}
+    has = [[n for n in cfg.matrices if n in cfg.layer_arrays(dims)] for dims in cfg.layers]
+    layers = [f"layers.{i}" for i in range(len(has))]
+    known = {*cfg.matrices, *layers} | {f"{layer}.{n}" for layer, names in zip(layers, has, strict=True) for n in names}
     if unknown := [name for name in asked.skip if name not in known]:
         raise ValueError(
-            f"skip: {unknown[0]!r} given; allowed are {', '.join(MATRICES)}, layers.0 to layers.{len(has) - 1}, and the two "
-            "together, such as layers.0.down"
+            f"skip: {unknown[0]!r} given; allowed are {', '.join(cfg.matrices)}, layers.0 to {layers[-1]}, and the two "
+            f"together, such as layers.0.{cfg.matrices[-1]}"
         )
     out = tuple(
         tuple(n for n in names if not {n, f"layers.{i}", f"layers.{i}.{n}"} & set(asked.skip)) for i, names in enumerate(has)
@@ -94,9 +95,9 @@ def chosen(cfg: LlamaConfig, asked: Sparsity) -> tuple[tuple[str, ...], ...]:
         for n in names if asked.pattern.m else ():
             inputs = int(np.prod([cfg.sizes(cfg.layers[i])[a] for a in INPUT[n]]))
             if inputs % asked.pattern.m:
+                narrower = f", or prune to multiples of {asked.pattern.m} (prune --multiple-of)" if INPUT[n] in "fi" else ""
                 raise ValueError(
-                    f"nm: layers.{i}.{n} has {inputs} inputs, which {asked.pattern.m} does not divide; skip {n}, or prune to "
-                    f"multiples of {asked.pattern.m} (prune --multiple-of)"
+                    f"nm: layers.{i}.{n} has {inputs} inputs, which {asked.pattern.m} does not divide; --skip {n}{narrower}"
                 )
     return out
 
@@ -119,7 +120,7 @@ def read_block(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Matrix]]:
         return {n: f.get_tensor(n) for n in f.keys()}, seen  # noqa: SIM118 (not a dict)
 
 
-def achieved(params: Params, cfg: LlamaConfig, names: Sequence[str], pattern: sparse.Pattern) -> dict[str, tuple[float, int]]:
+def achieved(params: Params, cfg: Config, names: Sequence[str], pattern: sparse.Pattern) -> dict[str, tuple[float, int]]:
     """Fraction of zeros and violations of the pattern, of matrices by names such as `layers.0.q`.
 
     Raises:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 from jaxprune._blocks import blocks, spend
-from jaxprune._constraints import Constraints, check, full_widths, reachable, removed
+from jaxprune._constraints import CHANNELS, Constraints, check, full_widths, reachable, removed
 from jaxprune._curves import lagrangian
 from jaxprune._rules import depth, gamma, llm_pruner, sublayers, whole_layers
-from jaxprune.models import LlamaConfig, PerLayer, unit_costs
+from jaxprune.models import Config, PerLayer, unit_costs
 from jaxprune.plan import Widths
 
 __all__ = [
@@ -18,10 +18,10 @@ __all__ = [
     "removed", "sublayers", "whole_layers",
 ]  # fmt: skip
 
-Allocator: TypeAlias = Callable[[PerLayer, LlamaConfig, int, Constraints], Widths]
+Allocator: TypeAlias = Callable[[PerLayer, Config, int, Constraints], Widths]
 
 
-def local(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constraints) -> Widths:
+def local(scores: PerLayer, cfg: Config, budget: int, constraints: Constraints) -> Widths:
     """The same fraction in every chosen layer: KV groups rounded down, MLP channels make up the rest.
 
     Args:
@@ -57,17 +57,17 @@ def local(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constrai
                 drop = int(fraction * n + 1e-9) if "f" in constraints.units else round(fraction * n)
                 widths[i]["k"] = n - min(drop, n - 1)
                 left -= costs[i]["k"] * (n - widths[i]["k"])
-    if "f" in constraints.units:
-        fraction = left / held["f"]
+    for a in set(constraints.units) & set(CHANNELS):
+        fraction = left / held[a]
         step = constraints.multiple_of
         for i in chosen:
-            if n := widths[i].get("f"):
+            if n := widths[i].get(a):
                 kept = round(n * (1 - fraction) / step) * step
-                widths[i]["f"] = min(max(kept, constraints.fewest("f", n, i)), n)
+                widths[i][a] = min(max(kept, constraints.fewest(a, n, i)), n)
     return tuple(widths)
 
 
-def global_(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: Constraints) -> Widths:
+def global_(scores: PerLayer, cfg: Config, budget: int, constraints: Constraints) -> Widths:
     """Removes the units with the lowest scores wherever they are, until the budget is met.
 
     MLP channels of a layer go in blocks of `multiple_of`, scored by their mean. A unit that would overshoot by more than it

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxprune.models import LlamaConfig, Params, Probes, hidden, token_kl
+from jaxprune.models import Config, Params, Probes, hidden, token_kl
 
 
 class Choice(NamedTuple):
@@ -27,7 +27,7 @@ def choose(
     candidates: Iterable[Any],
     prune: Callable[[Any], Probes],
     params: Params,
-    cfg: LlamaConfig,
+    cfg: Config,
     held_out: Int[Array, "b t"] | Int[np.ndarray, "b t"],
     *,
     microbatch: int | None = None,

@@ -32,8 +32,8 @@ COMMANDS: dict[type, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     inspect.Methods: ("methods", inspect.run_methods),
 }
 DESCRIPTION = (
-    "Make a LLaMA-family language model smaller. `jaxprune run MODEL --out DIR` does all of it, the other commands are its "
-    "steps; `jaxprune COMMAND --help` explains each."
+    "Make a LLaMA-family language model, or a Mamba, smaller. `jaxprune run MODEL --out DIR` does all of it for LLaMA, the "
+    "other commands are its steps; `jaxprune COMMAND --help` explains each."
 )
 
 

@@ -10,7 +10,8 @@ from jaxtyping import Int
 from jaxprune._choices import load_choices, multiple_choice
 from jaxprune._latency import latency
 from jaxprune._losses import Progress, losses
-from jaxprune.models import LlamaConfig, Params
+from jaxprune.models import Config, MambaConfig, Params
+from jaxprune.models.mamba_config import only_llama
 
 __all__ = [
     "Progress", "encode", "encode_text", "evaluate", "latency", "load_choices", "multiple_choice", "perplexity", "sizes",
@@ -54,7 +55,7 @@ def encode(
 
 def perplexity(
     params: Params,
-    cfg: LlamaConfig,
+    cfg: Config,
     tokens: Int[np.ndarray, " n"] | Int[np.ndarray, "b t"],
     *,
     window: int = 1024,
@@ -105,11 +106,12 @@ def perplexity(
     return dict(perplexity=math.exp(mean) if mean < 700 else math.inf, tokens=rows.size, window=window)
 
 
-def sizes(params: Params, cfg: LlamaConfig, *, context: int = 1024) -> dict[str, int]:
+def sizes(params: Params, cfg: Config, *, context: int = 1024) -> dict[str, int]:
     """What a model takes.
 
     The matrices of the layers and the head count two FLOPs a parameter, scores and weighted values of a layer
-    `4 * context * q_heads * head_dim`; norms, rotations and softmax are left out.
+    `4 * context * q_heads * head_dim`, convolution and recurrence of a Mamba layer `(2 * conv + 9 * state) * inner`; norms,
+    rotations, softmax and other functions of single numbers are left out.
 
     Args:
       params, cfg: the model; the shapes of its arrays are enough.
@@ -125,20 +127,26 @@ def sizes(params: Params, cfg: LlamaConfig, *, context: int = 1024) -> dict[str,
     {'parameters': 9824, 'decoder_parameters': 7680, 'bytes': 39296, 'flops_per_token': 20736, 'context': 10}
     """
     leaves = jax.tree.leaves(params)
-    keys = context if cfg.sliding_window is None else min(context, cfg.sliding_window)
-    heads = sum(dims.kv_heads * dims.q_per_kv for dims in cfg.layers)
     return dict(
         parameters=sum(x.size for x in leaves),
         decoder_parameters=cfg.decoder_parameters,
         bytes=sum(x.size * x.dtype.itemsize for x in leaves),
-        flops_per_token=2 * (cfg.decoder_parameters + cfg.d * cfg.vocab) + 4 * keys * heads * cfg.head_dim,
+        flops_per_token=2 * (cfg.decoder_parameters + cfg.d * cfg.vocab) + _mixing(cfg, context),
         context=context,
     )
 
 
+def _mixing(cfg: Config, context: int) -> int:
+    """FLOPs of a token that are not those of matrices."""
+    if isinstance(cfg, MambaConfig):
+        return sum((2 * cfg.conv + 9 * cfg.state) * dims.inner for dims in cfg.layers)
+    keys = context if cfg.sliding_window is None else min(context, cfg.sliding_window)
+    return 4 * keys * cfg.head_dim * sum(dims.kv_heads * dims.q_per_kv for dims in cfg.layers)
+
+
 def evaluate(
     params: Params,
-    cfg: LlamaConfig,
+    cfg: Config,
     tokenizer: Any,
     *,
     text: str | Int[np.ndarray, "b t"] | None = None,
@@ -171,6 +179,6 @@ def evaluate(
     if text is not None:
         out |= perplexity(params, cfg, encode(tokenizer, text, max_tokens), window=window, progress=progress)
     if choices is not None:
-        out |= multiple_choice(params, cfg, tokenizer, choices, limit=limit, progress=progress)
+        out |= multiple_choice(params, only_llama(cfg, "choice"), tokenizer, choices, limit=limit, progress=progress)
     out |= sizes(params, cfg)
     return out | (latency(params, cfg) if timed else {})

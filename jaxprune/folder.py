@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 from jaxprune import sharding, surgery
 from jaxprune._decode import check_file
 from jaxprune._json import write_json
-from jaxprune.models import LlamaConfig, Params
+from jaxprune.models import Config, Params
 from jaxprune.models import checkpoint as checkpoints
 from jaxprune.models import tokenizer as tokenizers
+from jaxprune.models._layout import Place, Source
 from jaxprune.models._safetensors import read_json
+from jaxprune.models.mamba_config import only_llama
 from jaxprune.plan import Plan
 
 RECORD = "jaxprune.json"
@@ -30,14 +32,14 @@ class Model(NamedTuple):
     """A model in memory.
 
     Attributes:
-      params, cfg: the model.
+      params, cfg: the model; of `load` a `LlamaConfig`, of `load_any` a `Config`.
       tokenizer: of transformers, or None.
       source: what the user named.
       record: the content of its `jaxprune.json`, or None.
     """
 
     params: Params
-    cfg: LlamaConfig
+    cfg: Any
     tokenizer: Any
     source: str
     record: dict[str, Any] | None
@@ -46,7 +48,7 @@ class Model(NamedTuple):
 def load(
     source: str, dtype: str | None = None, *, needs_tokenizer: bool = True, mesh: Mesh | None = None, strict: bool = False
 ) -> Model:
-    """Loads a model, its tokenizer and its record.
+    """Loads a LLaMA-family model, its tokenizer and its record.
 
     Args:
       source: a folder, a `.gguf` file, `smollm2`, or a name on the Hugging Face hub.
@@ -58,12 +60,27 @@ def load(
     Raises:
       FileNotFoundError, ValueError: there is no such model, or it is damaged or not supported.
     """
+    path = checkpoints.resolve(source)
+    found = checkpoints.opened(path)
+    cfg = only_llama(found.cfg, str(source))
+    place = None if mesh is None else sharding.place(cfg, mesh, strict=strict)
+    return _read(source, path, found, cfg, dtype, needs_tokenizer, place)
+
+
+def load_any(source: str, dtype: str | None = None, *, needs_tokenizer: bool = True) -> Model:
+    """Loads a model of any architecture; arguments and errors as of `load`."""
+    path = checkpoints.resolve(source)
+    found = checkpoints.opened(path)
+    return _read(source, path, found, found.cfg, dtype, needs_tokenizer, None)
+
+
+def _read(
+    source: str, path: Path, found: Source, cfg: Any, dtype: str | None, needs_tokenizer: bool, place: Place | None
+) -> Model:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} given; allowed are {', '.join(DTYPES)}")
-    path = checkpoints.resolve(source)
     record = read_record(path)
-    place = None if mesh is None else sharding.place(checkpoints.read_config(path), mesh, strict=strict)
-    params, cfg = checkpoints.load(path, dtype=None if dtype is None else jnp.dtype(dtype), place=place)
+    params = checkpoints.read(found, None if dtype is None else jnp.dtype(dtype), place)
     return Model(params, cfg, load_tokenizer(path, needs_tokenizer), str(source), record)
 
 
@@ -112,7 +129,7 @@ def save(folder: Path, model: Model) -> None:
         write_json(folder / RECORD, model.record)
 
 
-def plan_from(record: dict[str, Any], cfg: LlamaConfig, small_cfg: LlamaConfig) -> Plan:
+def plan_from(record: dict[str, Any], cfg: Config, small_cfg: Config) -> Plan:
     """The plan that leads from the model `cfg` to the recorded one, `small_cfg`, through earlier prunings if need be.
 
     Where no part of the recorded chain does that, all of it is returned, and `proof.verify` says what does not fit.
@@ -124,7 +141,7 @@ def plan_from(record: dict[str, Any], cfg: LlamaConfig, small_cfg: LlamaConfig) 
     return plan
 
 
-def _leads(plan: Plan, cfg: LlamaConfig, small_cfg: LlamaConfig) -> bool:
+def _leads(plan: Plan, cfg: Config, small_cfg: Config) -> bool:
     try:
         made = surgery.pruned_config(cfg, plan)
     except ValueError:

@@ -8,9 +8,10 @@ import jax
 
 from jaxprune import allocate, scorers
 from jaxprune.kronecker import kronecker_obs
-from jaxprune.models import LlamaConfig, PerLayer, loss_fn, max_logits_fn, observe, sum_over_units
+from jaxprune.models import Config, MambaConfig, PerLayer, loss_fn, max_logits_fn, observe, sum_over_units
+from jaxprune.models.mamba_config import only_llama
 
-UNITS = dict(kv="k", mlp="f", layers="l", sublayers="kf", hidden="d", rotated="")
+UNITS = dict(kv="k", mlp="f", inner="i", layers="l", sublayers="kf", hidden="d", rotated="")
 
 
 class Options(NamedTuple):
@@ -51,7 +52,7 @@ class Method(NamedTuple):
     summary: str
     paper: str
     needs: str
-    scorer: Callable[[LlamaConfig, Options], scorers.Scorer] | None
+    scorer: Callable[[Config, Options], scorers.Scorer] | None
     samples: int = 10
     length: int = 128
     units: tuple[str, ...] = ("kv", "mlp", "layers")
@@ -63,53 +64,53 @@ class Method(NamedTuple):
     sequential: bool = False
 
 
-def _random(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
+def _random(cfg: Config, options: Options) -> scorers.Scorer:
     del cfg
     return scorers.random(jax.random.key(options.seed))
 
 
-def _magnitude(p: int, cfg: LlamaConfig, options: Options) -> scorers.Scorer:
+def _magnitude(p: int, cfg: Config, options: Options) -> scorers.Scorer:
     return scorers.magnitude(lambda tree: sum_over_units(tree, cfg, options.units), p, options.aggregate or "mean")
 
 
-def _taylor(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
+def _taylor(cfg: Config, options: Options) -> scorers.Scorer:
     loss, how = loss_fn(cfg, microbatch=options.microbatch), options.aggregate or "sum"
     if "d" in options.units:
         return scorers.full_taylor(loss, lambda tree: sum_over_units(tree, cfg, options.units), options.taylor, how)
     return scorers.taylor(loss, options.taylor, how)
 
 
-def _first_layers(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
+def _first_layers(cfg: Config, options: Options) -> scorers.Scorer:
     del options
     return scorers.earliest(len(cfg.layers))
 
 
-def _observed(make: Callable[..., scorers.Scorer], **given: Any) -> Callable[[LlamaConfig, Options], scorers.Scorer]:
+def _observed(make: Callable[..., scorers.Scorer], **given: Any) -> Callable[[Config, Options], scorers.Scorer]:
     """A method whose scorer reads activations alone."""
-    return lambda cfg, options: make(functools.partial(observe, cfg=cfg), **given)
+    return lambda cfg, options: make(functools.partial(observe, cfg=only_llama(cfg, "observe")), **given)
 
 
-def _kfac_obs(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
-    return kronecker_obs(cfg, jax.random.key(options.seed))
+def _kfac_obs(cfg: Config, options: Options) -> scorers.Scorer:
+    return kronecker_obs(only_llama(cfg, "kfac-obs"), jax.random.key(options.seed))
 
 
-def _nirvana(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
+def _nirvana(cfg: Config, options: Options) -> scorers.Scorer:
     return scorers.nirvana(max_logits_fn(cfg, microbatch=options.microbatch))
 
 
-def _ntk(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
+def _ntk(cfg: Config, options: Options) -> scorers.Scorer:
     return scorers.ntk_gates(max_logits_fn(cfg, microbatch=options.microbatch))
 
 
-def _curvature(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
+def _curvature(cfg: Config, options: Options) -> scorers.Scorer:
     return scorers.curvature(loss_fn(cfg, microbatch=options.microbatch), seed=options.seed, exact="k")
 
 
-def _hywia(cfg: LlamaConfig, options: Options) -> scorers.Scorer:
+def _hywia(cfg: Config, options: Options) -> scorers.Scorer:
     return scorers.hywia(loss_fn(cfg, microbatch=options.microbatch), aggregate=options.aggregate or "sum")
 
 
-def _lagrangian(scores: PerLayer, cfg: LlamaConfig, budget: int, constraints: allocate.Constraints) -> Any:
+def _lagrangian(scores: PerLayer, cfg: Config, budget: int, constraints: allocate.Constraints) -> Any:
     """Losses of sublayers add up less than they should when little goes: the power grows with the budget."""
     power = min(0.75 + 0.5 * budget / cfg.decoder_parameters, 1.0)
     return allocate.lagrangian(power, 1.5)(scores, cfg, budget, constraints)
@@ -132,7 +133,8 @@ RANKINGS: dict[str, allocate.Allocator] = {
 WITHOUT_SCORES = ("local", "linear", "log")  # rankings whose widths do not depend on the scores
 
 DEFAULT = "kfac-obs"
-ALL = ("kv", "mlp", "layers", "hidden")
+GATED = ("kv", "mlp", "layers", "inner")
+ALL = (*GATED, "hidden")
 
 METHODS: dict[str, Method] = {
     "kfac-obs": Method(
@@ -161,12 +163,14 @@ METHODS: dict[str, Method] = {
         "Molchanov et al., Importance Estimation for Neural Network Pruning, 2019, arXiv:1906.10771",
         "gradients",
         lambda cfg, options: scorers.gate_taylor(loss_fn(cfg, microbatch=options.microbatch)),
+        units=GATED,
     ),
     "fisher": Method(
         "mean square, over sequences, of the derivative by a gate on the unit",
         "Theis et al., Faster gaze prediction with dense networks and Fisher pruning, 2018, arXiv:1801.05787",
         "gradients",
         lambda cfg, options: scorers.fisher(loss_fn(cfg, microbatch=options.microbatch)),
+        units=GATED,
         samples=32,
     ),
     "magnitude": Method(
@@ -301,7 +305,16 @@ def find(name: str) -> Method:
     return METHODS[name]
 
 
-def default_units(name: str) -> tuple[str, ...]:
-    """KV groups and MLP channels, or what the method scores instead."""
+def default_units(name: str, cfg: Config | None = None) -> tuple[str, ...]:
+    """KV groups and MLP channels, of Mamba its inner channels, or what the method scores instead.
+
+    Raises:
+      ValueError: the method cannot score a Mamba.
+    """
     units = find(name).units
+    if isinstance(cfg, MambaConfig):
+        if "inner" not in units:
+            able = ", ".join(method for method, found in METHODS.items() if "inner" in found.units)
+            raise ValueError(f"method: {name} given, which does not score the inner channels of Mamba; choose one of {able}")
+        return ("inner",)
     return ("kv", "mlp") if {"kv", "mlp"} <= set(units) else units[:1]

@@ -10,7 +10,8 @@ from jaxprune import _beside, _narrow, _profiles, budgets, methods, recovery, sc
 from jaxprune._constraints import check
 from jaxprune._losses import Progress
 from jaxprune._settings import Settings
-from jaxprune.models import LlamaConfig, Params, PerLayer, Probes, probes, unit_counts
+from jaxprune.models import Config, LlamaConfig, MambaConfig, Params, PerLayer, Probes, _hf_mamba, probes, unit_counts
+from jaxprune.models.mamba_config import only_llama
 from jaxprune.plan import Plan
 
 MICROBATCH_TOKENS = 2048  # tokens that go through a layer at a time
@@ -29,7 +30,7 @@ class Pruned(NamedTuple):
     """
 
     params: Params
-    cfg: LlamaConfig
+    cfg: Config
     plan: Plan
     scores: PerLayer
     notes: tuple[str, ...]
@@ -39,7 +40,7 @@ class Pruned(NamedTuple):
 
 def prune(
     params: Params,
-    cfg: LlamaConfig,
+    cfg: Config,
     tokens: Any,
     settings: Settings,
     on_step: Callable[[str], None] = lambda what: None,
@@ -73,15 +74,16 @@ def prune(
     >>> out.cfg.decoder_parameters / cfg.decoder_parameters
     0.6
     """
+    settings.check(cfg)
     _profiles.check(cfg, settings)
     if goal is not None:
-        check_goal(cfg, settings, goal)
+        check_goal(only_llama(cfg, "target"), settings, goal)
     if settings.units == ("rotated",):
         return _sliced(params, cfg, np.asarray(tokens), settings, goal, on_step, progress)
     if settings.target is not None:
-        recovery.check_target(cfg, settings.target)
+        recovery.check_target(only_llama(cfg, "reconstruct"), settings.target)
     constraints = settings.constraints(cfg)
-    if set(settings.units) <= {"kv", "mlp"} and goal is None:
+    if set(settings.units) <= {"kv", "mlp", "inner"} and goal is None:
         check(cfg, round(cfg.decoder_parameters * settings.ratio), constraints)
     plan, now, small = identity(cfg, settings), cfg, params
     first: PerLayer = ()
@@ -125,13 +127,13 @@ class Aim(NamedTuple):
       say: called with what was measured.
     """
 
-    dense: LlamaConfig
+    dense: Config
     settings: Settings
     budget: int
     goal: budgets.Target | None
     say: Callable[[str], None]
 
-    def shape(self, curves: PerLayer, cfg: LlamaConfig) -> tuple[LlamaConfig, budgets.Met | None]:
+    def shape(self, curves: PerLayer, cfg: Config) -> tuple[Config, budgets.Met | None]:
         """The shape after the step, and how it meets the goal."""
         s = self.settings
         if self.goal is None:
@@ -139,7 +141,7 @@ class Aim(NamedTuple):
         fill = None
         if s.max_distinct is None and set(s.units) <= {"kv", "mlp"}:
             fill = ("f", s.multiple_of) if "mlp" in s.units else ("k", 1)
-        met = budgets.meet(_narrow.at_ratio(curves, cfg, s), self.goal, cfg, fill=fill, say=self.say)
+        met = budgets.meet(_narrow.at_ratio(curves, cfg, s), self.goal, only_llama(cfg, "target"), fill=fill, say=self.say)
         return met.cfg, met
 
 
@@ -156,7 +158,7 @@ def _sliced(
 
 
 def by_plan(
-    params: Params, cfg: LlamaConfig, plan: Plan, tokens: Any, target: str | None, *, progress: Progress | None = None
+    params: Params, cfg: Config, plan: Plan, tokens: Any, target: str | None, *, progress: Progress | None = None
 ) -> Pruned:
     """Reconstructs and cuts by a plan that is there already.
 
@@ -177,15 +179,16 @@ def by_plan(
             raise ValueError(f"reconstruct: {target} given, which reads calibration tokens; give some, or set it to none")
         parts = batches(np.asarray(tokens), params)
         plan.check(cfg)
-        fitted, fitted_cfg = recovery.reconstruct(params, cfg, plan.keep, parts, target=target, progress=progress)
+        dense = only_llama(cfg, "reconstruct")
+        fitted, fitted_cfg = recovery.reconstruct(params, dense, plan.keep, parts, target=target, progress=progress)
         arrays = ["o_bias", "down_bias"] if target == "bias" else ["o", "down"]
         updates = ({"by": f"reconstruction, {target}", "arrays": arrays},)
     return Pruned(*surgery.cut(fitted, fitted_cfg, plan), plan, (), (), updates)
 
 
-def identity(cfg: LlamaConfig, settings: Settings) -> Plan:
+def identity(cfg: Config, settings: Settings) -> Plan:
     """The plan that keeps every unit."""
-    units = "d" if settings.units == ("hidden",) else "kf"
+    units = "d" if settings.units == ("hidden",) else cfg.units
     counts = unit_counts(cfg, units)
     return Plan(tuple({a: np.arange(n) for a, n in layer.items()} for layer in counts), counts)
 
@@ -214,12 +217,10 @@ def divisor(shape: tuple[int, int], params: Params = None) -> int:
     return max([m for m in found if m % parts == 0] or found)
 
 
-def _scored(
-    params, cfg, tokens, aim: Aim, seed: int, progress: Progress | None
-) -> tuple[PerLayer, LlamaConfig, budgets.Met | None]:
+def _scored(params, cfg, tokens, aim: Aim, seed: int, progress: Progress | None) -> tuple[PerLayer, Config, budgets.Met | None]:
     """The scores of a step, the shape that it leads to, and how that meets the goal."""
     settings = aim.settings
-    units = "d" if settings.units == ("hidden",) else "kf"
+    units = "d" if settings.units == ("hidden",) else cfg.units
     microbatch = None if tokens is None else divisor(tokens.shape, params)
     options = methods.Options(settings.taylor, settings.aggregate, seed, microbatch, units)
     if methods.find(settings.method).sequential and settings.allocation in methods.WITHOUT_SCORES:
@@ -239,13 +240,13 @@ def _scored(
 
 
 @functools.lru_cache(maxsize=2)  # one scorer, one compiled program, however many calibration sets
-def _scorer(method: str, cfg: LlamaConfig, options: methods.Options) -> scorers.Scorer:
+def _scorer(method: str, cfg: Config, options: methods.Options) -> scorers.Scorer:
     make = methods.find(method).scorer
     assert make is not None, "a method that rotates has no scores"
     return make(cfg, options)
 
 
-def gates(params: Params, cfg: LlamaConfig, tokens: Any, settings: Settings, *, goal: budgets.Target | None = None) -> Probes:
+def gates(params: Params, cfg: Config, tokens: Any, settings: Settings, *, goal: budgets.Target | None = None) -> Probes:
     """The gates of what one step of `prune` would keep, nothing cut or reconstructed: see `calibration_choice.choose`.
 
     Args:
@@ -263,7 +264,15 @@ def gates(params: Params, cfg: LlamaConfig, tokens: Any, settings: Settings, *, 
     return surgery.gates_of(_narrow.plan(scores, shape, cfg, settings), cfg)
 
 
-def _notes(cfg: LlamaConfig, small: LlamaConfig, settings: Settings) -> tuple[str, ...]:
+def _notes(cfg: Config, small: Config, settings: Settings) -> tuple[str, ...]:
+    return (*_size_notes(cfg, small, settings), *(f"transformers cannot load it: {why}" for why in _unloadable(small)))
+
+
+def _unloadable(cfg: Config) -> list[str]:
+    return _hf_mamba.problems(cfg) if isinstance(cfg, MambaConfig) else []
+
+
+def _size_notes(cfg: Config, small: Config, settings: Settings) -> tuple[str, ...]:
     reached = 1 - small.decoder_parameters / cfg.decoder_parameters
     if abs(reached - settings.ratio) <= 0.005:
         return ()
@@ -273,6 +282,7 @@ def _notes(cfg: LlamaConfig, small: LlamaConfig, settings: Settings) -> tuple[st
         ("hidden",): f"the width is cut in steps of {settings.multiple_of} of {cfg.d} channels",
         ("rotated",): "the width is cut in steps of 8 channels",
         ("kv",): "KV groups are removed whole",
+        ("inner",): f"inner widths are multiples of {settings.multiple_of}: lower --multiple-of",
     }
     widths = f"MLP widths are multiples of {settings.multiple_of}, the same in all layers of a shape: lower --multiple-of"
     why = reasons.get(settings.units, widths)

@@ -7,10 +7,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from jaxprune.models import LlamaConfig, PerLayer, unit_counts
+from jaxprune.models import Config, PerLayer, unit_counts
 
 Widths: TypeAlias = PerLayer  # of int: units to keep
-AXES = "kfd"
+AXES = "kfid"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -18,7 +18,8 @@ class Plan:
     """The kept units of every layer: immutable, sorted, equal and hashed by content.
 
     Attributes:
-      keep: per layer, axis letter (`k` KV group, `f` MLP channel, `d` residual channel) -> sorted int64 indices. An absent
+      keep: per layer, axis letter (`k` KV group, `f` MLP channel, `i` inner channel of Mamba, `d` residual
+        channel) -> sorted int64 indices. An absent
         letter keeps everything; an empty array removes the sublayer. `d` is the same in every layer or absent.
       sizes: per layer, axis letter -> number of units of the model that the plan is for.
 
@@ -93,7 +94,7 @@ class Plan:
             raise ValueError("plan: 'sizes' must hold whole numbers")
         return Plan(tuple(data["keep"]), tuple(data["sizes"]))
 
-    def check(self, cfg: LlamaConfig) -> None:
+    def check(self, cfg: Config) -> None:
         """Raises ValueError unless the plan is for a model of this shape."""
         units = "".join(a for a in AXES if any(a in s for s in self.sizes))
         if self.sizes != (want := tuple(dict(sorted(c.items())) for c in unit_counts(cfg, units))):

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.models import LlamaConfig, Params, apply
+from jaxprune.models import Config, LlamaConfig, Params, apply
 from jaxprune.plan import Plan
 from jaxprune.surgery import gates_of, pruned_config, take, widen
 
+FIXED = ("vocab", "d", "head_dim", "state", "conv", "dt_rank", "tie_embeddings")
 TOLERANCE = dict(float32=1e-4, bfloat16=5e-2, float16=1e-2)  # of the largest logit
 
 
@@ -42,9 +43,9 @@ class Report(NamedTuple):
 
 def verify(
     params: Params,
-    cfg: LlamaConfig,
+    cfg: Config,
     small: Params,
-    small_cfg: LlamaConfig,
+    small_cfg: Config,
     plan: Plan,
     tokens: Any,
     updates: tuple[str, ...] = (),
@@ -77,7 +78,7 @@ def verify(
     >>> proof.verify(params, cfg, *surgery.cut(params, cfg, keep), keep, jax.numpy.zeros((1, 5), int)).exact
     True
     """
-    if (small_cfg.shortcuts, small_cfg.norm_width) != (cfg.shortcuts, cfg.norm_width):
+    if _rotation(small_cfg) != _rotation(cfg):
         raise ValueError(
             "verify: the residual stream of one of the models is rotated (SliceGPT), so the pruned model is no selection of "
             "units of the dense one and there is no equality to prove; compare their perplexities instead"
@@ -101,9 +102,13 @@ def verify(
     )
 
 
-def _check_shapes(small_cfg: LlamaConfig, want: LlamaConfig) -> None:
+def _rotation(cfg: Config) -> tuple[bool, int | None]:
+    return (cfg.shortcuts, cfg.norm_width) if isinstance(cfg, LlamaConfig) else (False, None)
+
+
+def _check_shapes(small_cfg: Config, want: Config) -> None:
     shapes = [
-        {name: getattr(cfg, name) for name in ("vocab", "d", "head_dim", "tie_embeddings")}
+        {name: getattr(cfg, name) for name in FIXED if hasattr(cfg, name)}
         | {f"layer {i}": tuple(dims) for i, dims in enumerate(cfg.layers)}
         for cfg in (small_cfg, want)
     ]

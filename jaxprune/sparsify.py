@@ -10,19 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._losses import Progress
+from jaxprune._sparse_blocks import blocks_of
 from jaxprune._sparsity import METHODS, Matrix, Sparsity, achieved, chosen, read_block, write_block
-from jaxprune.models import LlamaConfig, Params, reads, rms_norm, sublayer
-from jaxprune.models.axes import MATRICES
+from jaxprune.models import Config, Params
 from jaxprune.recovery import sparse
 
 __all__ = ["METHODS", "Matrix", "Sparsity", "achieved", "chosen", "sparsify"]
 
-GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # matrices that read the same
-
 
 def sparsify(
     params: Params,
-    cfg: LlamaConfig,
+    cfg: Config,
     batches: Sequence[Any],
     asked: Sparsity,
     *,
@@ -31,8 +29,9 @@ def sparsify(
 ) -> tuple[Params, dict[str, Matrix]]:
     """Makes the matrices of all blocks sparse, in the order in which tokens go through them.
 
-    In a block first q, k, v get their zeros, then o from what the sparse attention passes on, then gate and up, then down. On
-    the device are the weights of one block, the activations of one batch and one matrix of second moments.
+    In a block first q, k, v get their zeros, then o from what the sparse attention passes on, then gate and up, then down; of
+    Mamba in_proj, x_proj, dt_proj and out_proj, while conv1d, A_log and D stay as they are. On the device are the weights of
+    one block, the activations of one batch and one matrix of second moments.
 
     Args:
       params, cfg: the model.
@@ -63,9 +62,10 @@ def sparsify(
     if not batches:
         raise ValueError("batches: none given; sparsity needs at least one batch of calibration tokens")
     names = chosen(cfg, asked)
-    stream = [np.asarray(params["embed"][jnp.asarray(b)]) for b in batches]
+    kind = blocks_of(cfg)
+    stream = [np.asarray(kind.begin(params, jnp.asarray(b), cfg)) for b in batches]
     where = [(run.name, i) for run in cfg.runs for i in range(run.length)]
-    out = {run.name: {n: np.array(x) for n, x in params.get(run.name, {}).items() if n in MATRICES} for run in cfg.runs}
+    out = {run.name: {n: np.array(x) for n, x in params.get(run.name, {}).items() if n in cfg.matrices} for run in cfg.runs}
     found: dict[str, Matrix] = {}
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "sparsifying"):
         name, i = where[layer]
@@ -84,12 +84,12 @@ def sparsify(
 
 
 def _block(
-    p: dict, names: Sequence[str], stream: Sequence[Any], cfg: LlamaConfig, asked: Sparsity
+    p: dict, names: Sequence[str], stream: Sequence[Any], cfg: Config, asked: Sparsity
 ) -> tuple[dict[str, np.ndarray], dict[str, Matrix]]:
     """The sparse matrices of a block, each group from what those before it pass on."""
     new: dict[str, np.ndarray] = {}
     seen: dict[str, Matrix] = {}
-    for group in GROUPS:
+    for group in blocks_of(cfg).groups:
         if not (here := [n for n in group if n in names]):
             continue
         gram = np.asarray(sum(_gram(p | new, group[0], x, cfg) for x in stream), np.float64)
@@ -120,16 +120,10 @@ def _one(w: np.ndarray, gram: np.ndarray, system: sparse.System | None, asked: S
 @functools.partial(jax.jit, static_argnames=("name", "cfg"))
 def _gram(p, name, x, cfg):
     """Sum of z z^T over tokens of what the matrix `name` reads when `x` comes to its block, float32[in, in]."""
-    if name in ("gate", "down"):
-        x = sublayer(p, "o", x, cfg)
-    if name in ("o", "down"):
-        z = reads(p, name, x, cfg)
-    else:
-        z = rms_norm(x, p["attn_norm" if name == "q" else "mlp_norm"], cfg.norm_eps, width=cfg.norm_width)
-    rows = z.reshape(x.shape[0] * x.shape[1], -1).astype(jnp.float32)
+    rows = blocks_of(cfg).reads(p, name, x, cfg).reshape(x.shape[0] * x.shape[1], -1).astype(jnp.float32)
     return jnp.matmul(rows.T, rows, precision="highest")
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _after(p, x, cfg):
-    return sublayer(p, "down", sublayer(p, "o", x, cfg), cfg)
+    return blocks_of(cfg).after(p, x, cfg)

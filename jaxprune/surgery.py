@@ -8,29 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _beside
-from jaxprune.models import LayerDims, LlamaConfig, Params, Probes, axes, probes
+from jaxprune.models import Config, MambaConfig, Params, Probes, axes, probes, unit_counts
 from jaxprune.plan import Plan
 
 
-def pruned_config(cfg: LlamaConfig, plan: Plan) -> LlamaConfig:
-    """The configuration of the model after the cut.
+def pruned_config(cfg: Config, plan: Plan) -> Any:
+    """The configuration of the model after the cut, of the kind of `cfg`.
 
     Raises:
       ValueError: the plan is for a model of another shape, or would leave no layer at all.
     """
     plan.check(cfg)
 
-    def narrow(dims: LayerDims, keep: dict) -> LayerDims:
-        kv = len(keep["k"]) if "k" in keep else dims.kv_heads
-        return LayerDims(kv, dims.q_per_kv if kv else 0, len(keep["f"]) if "f" in keep else dims.ff)
-
-    layers = tuple(narrow(dims, keep) for dims, keep in zip(cfg.layers, plan.keep, strict=True))
-    if not any(dims.kv_heads or dims.ff for dims in layers):
+    small = cfg.with_widths([{a: len(x) for a, x in keep.items()} for keep in plan.keep])
+    if not any(unit_counts(small)):
         raise ValueError("plan: it removes every layer; keep at least one unit")
     d = len(plan.keep[0]["d"]) if "d" in plan.keep[0] else cfg.d
     if not d:
         raise ValueError("plan: it removes the whole residual stream; keep at least one channel on axis d")
-    return dataclasses.replace(cfg, layers=layers, d=d)
+    if isinstance(small, MambaConfig) and d != cfg.d:
+        raise ValueError("plan: axis d given for a Mamba, whose residual channels cannot go; cut its inner channels, axis i")
+    return dataclasses.replace(small, d=d)
 
 
 def take(x: np.ndarray | jax.Array, letters: str, keep: dict) -> np.ndarray:
@@ -42,7 +40,7 @@ def take(x: np.ndarray | jax.Array, letters: str, keep: dict) -> np.ndarray:
     return x
 
 
-def cut(params: Params, cfg: LlamaConfig, plan: Plan) -> tuple[Params, LlamaConfig]:
+def cut(params: Params, cfg: Config, plan: Plan) -> tuple[Params, Any]:
     """Takes the kept units along every array axis that carries their letter.
 
     The work is done on the host: on a device each of its many shapes would be a program to compile. What comes out lies on the
@@ -95,7 +93,7 @@ def cut(params: Params, cfg: LlamaConfig, plan: Plan) -> tuple[Params, LlamaConf
     return out, small
 
 
-def gates_of(plan: Plan, cfg: LlamaConfig) -> Probes:
+def gates_of(plan: Plan, cfg: Config) -> Probes:
     """The plan as zeros and ones: `models.apply(params, tokens, cfg, gates_of(plan, cfg))` prunes without cutting.
 
     Returns:
@@ -117,7 +115,7 @@ def _ones_at(units: Any, n: int) -> jax.Array:
     return jnp.asarray(gate)
 
 
-def widen(small: Params, cfg: LlamaConfig, plan: Plan) -> Params:
+def widen(small: Params, cfg: Config, plan: Plan) -> Params:
     """Scatters the arrays of a cut model into the shapes of the model that it was cut from, zeros elsewhere.
 
     Args:

@@ -1,24 +1,29 @@
-"""LLaMA-family models as pure functions on one tree of arrays."""
+"""LLaMA-family models and Mamba as pure functions on one tree of arrays."""
 
-from jaxprune.models import axes
+from jaxprune.models import axes, mamba
 from jaxprune.models._hf import from_hf_config, to_hf_config
 from jaxprune.models.checkpoint import load, resolve, save
 from jaxprune.models.config import LayerDims, LlamaConfig, Run
 from jaxprune.models.flax_tree import from_flax, load_flax_msgpack, save_flax_msgpack, to_flax
-from jaxprune.models.llama import apply, block, head, hidden, mlp, project, rms_norm
+from jaxprune.models.forward import apply, hidden
+from jaxprune.models.llama import block, head, mlp, project, rms_norm
 from jaxprune.models.losses import loss_fn, max_logits_fn, sample_targets, token_kl, token_losses
+from jaxprune.models.mamba_config import MambaConfig, MambaDims
 from jaxprune.models.module import Llama
 from jaxprune.models.observe import Site, observe, reads, residuals, sublayer
 from jaxprune.models.params import count_parameters, init, probes, shapes
 from jaxprune.models.tokenizer import load_tokenizer
-from jaxprune.models.types import LossFn, Params, PerLayer, Probes, Tokens
+from jaxprune.models.types import Config, LossFn, Params, PerLayer, Probes, Tokens
 from jaxprune.models.units import sum_over_units, unit_costs, unit_counts
 
 __all__ = [
+    "Config",
     "LayerDims",
     "Llama",
     "LlamaConfig",
     "LossFn",
+    "MambaConfig",
+    "MambaDims",
     "Params",
     "PerLayer",
     "Probes",
@@ -38,6 +43,7 @@ __all__ = [
     "load_flax_msgpack",
     "load_tokenizer",
     "loss_fn",
+    "mamba",
     "max_logits_fn",
     "mlp",
     "observe",

@@ -5,6 +5,8 @@ prompts are padded on the left. Positions count the padding: rotary attention an
 
 Rotary scalings that depend on the sequence length (`dynamic`, `longrope`) take s for it, so that keys that are cached already
 stay valid. Cached logits therefore equal those of `apply` on a sequence of s tokens.
+
+Mamba has states instead of keys and values, see `jaxprune.models.mamba.init_cache`, and room for any number of tokens.
 """
 
 import functools
@@ -14,15 +16,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxprune.models import _rope
-from jaxprune.models.config import LlamaConfig
+from jaxprune.models import _rope, mamba
 from jaxprune.models.llama import block, head, rms_norm
-from jaxprune.models.types import Params
+from jaxprune.models.mamba_config import MambaConfig
+from jaxprune.models.types import Config, Params
 
 Cache: TypeAlias = dict[str, dict[str, jax.Array]]
 
 
-def init_cache(cfg: LlamaConfig, b: int, length: int, dtype: Any = jnp.float32) -> Cache:
+def init_cache(cfg: Config, b: int, length: int, dtype: Any = jnp.float32) -> Cache:
     """An empty cache with room for `length` tokens in each of `b` sequences. Runs without attention have none.
 
     >>> from jaxprune.models import LayerDims, LlamaConfig
@@ -33,6 +35,8 @@ def init_cache(cfg: LlamaConfig, b: int, length: int, dtype: Any = jnp.float32) 
     """
     if b < 1 or length < 1:
         raise ValueError(f"cache: {b} sequences of {length} tokens given; both must be at least 1")
+    if isinstance(cfg, MambaConfig):
+        return mamba.init_cache(cfg, b, dtype)
     return {
         run.name: {n: jnp.zeros((run.length, b, length, run.dims.kv_heads, cfg.head_dim), dtype) for n in "kv"}
         for run in cfg.runs
@@ -41,12 +45,14 @@ def init_cache(cfg: LlamaConfig, b: int, length: int, dtype: Any = jnp.float32) 
 
 
 def _room(cache: Cache) -> int | None:
-    return next((run["k"].shape[2] for run in cache.values()), None)
+    return next((run["k"].shape[2] for run in cache.values() if "k" in run), None)
 
 
 def _forward(params, tokens, start, cfg, cache, pad):
     """Logits after the last of `tokens` [b, t], which stand at positions start, start + 1, ..., and the new cache."""
     t = tokens.shape[1]
+    if isinstance(cfg, MambaConfig):
+        return mamba.read(params, tokens, cfg, cache, None if pad is None else start + jnp.arange(t) >= pad[:, None])
     rope = _rope.tables(cfg, start + jnp.arange(t), _room(cache) or t)
     x, cache = params["embed"][tokens], dict(cache)
 
@@ -69,7 +75,7 @@ def _forward(params, tokens, start, cfg, cache, pad):
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")
 def prefill(
-    params: Params, tokens: Int[Array, "b t"], cfg: LlamaConfig, cache: Cache, pad: Int[Array, " b"] | None = None
+    params: Params, tokens: Int[Array, "b t"], cfg: Config, cache: Cache, pad: Int[Array, " b"] | None = None
 ) -> tuple[Float[Array, "b v"], Cache]:
     """Reads the prompt into an empty cache.
 
@@ -99,7 +105,7 @@ def step(
     params: Params,
     token: Int[Array, " b"],
     position: Int[Array, ""] | int,
-    cfg: LlamaConfig,
+    cfg: Config,
     cache: Cache,
     pad: Int[Array, " b"] | None = None,
 ) -> tuple[Float[Array, "b v"], Cache]:

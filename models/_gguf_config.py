@@ -12,6 +12,7 @@ from jaxprune.models._families import FAMILIES
 from jaxprune.models._gguf_blocks import CONFIG_KEY, Block, blocks
 from jaxprune.models._gguf_rope import scaling
 from jaxprune.models.config import LayerDims, LlamaConfig
+from jaxprune.models.mamba_config import only_llama
 
 PERMUTED = ("llama", "deci")  # these rotate neighbouring dimensions of queries and keys
 TOP = dict(embed="token_embd.weight", norm="output_norm.weight", head="output.weight")
@@ -43,7 +44,7 @@ def declared(path: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> t
     if CONFIG_KEY not in metadata:
         return seen, [Block(i, dims, dims) for i, dims in enumerate(seen.layers)]
     try:
-        cfg = _hf.from_hf_config(json.loads(metadata[CONFIG_KEY]))
+        cfg = only_llama(_hf.from_hf_config(json.loads(metadata[CONFIG_KEY])), "GGUF")
     except ValueError as e:
         raise ValueError(f"{path}: {CONFIG_KEY} in the metadata cannot be read ({e}); remove that key") from None
     found = blocks(cfg)

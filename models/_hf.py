@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from jaxprune.models import _hf_mamba
 from jaxprune.models._families import FAMILIES, KEYS, LIKE_LLAMA, OURS, REFUSED, TRAITS, Family, beyond_llama
 from jaxprune.models._hf_layers import layer_to_hf, layers_from_hf, number, positive, widths
 from jaxprune.models._hf_rope import OWN_LENGTH, partial_from_hf, rope_from_hf, rope_to_hf
 from jaxprune.models.config import LayerDims, LlamaConfig
+from jaxprune.models.mamba_config import MambaConfig
+from jaxprune.models.types import Config
 
 BIASES_KEY, GONE_KEY, FAMILY_KEY = "jaxprune_biases", "jaxprune_gone_layers", "jaxprune_family"
 SHORTCUTS_KEY, NORM_KEY = "jaxprune_shortcuts", "jaxprune_norm_width"
@@ -13,11 +16,12 @@ MODULE = "modeling_jaxprune"  # what transformers loads beside the weights of a 
 AUTO_MAP = dict(AutoConfig=f"{MODULE}.JaxpruneLlamaConfig", AutoModelForCausalLM=f"{MODULE}.JaxpruneLlamaForCausalLM")
 
 
-def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
+def from_hf_config(config: dict[str, Any]) -> Config:
     """The model that a `config.json` describes.
 
     Reads the keys of transformers 4 and 5 (`per_layer_config`, and rope in both spellings) and two of ours: `jaxprune_biases`,
     the biases that are not zero by construction, and `jaxprune_gone_layers`, the positions of layers that the file leaves out.
+    Files of Mamba have keys of their own, see `_hf_mamba`.
     In files of `jaxprune_llama` also those of the settings of `LlamaConfig` that LLaMA does not have, as `jaxprune_qk_norm`.
 
     Raises:
@@ -29,6 +33,8 @@ def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
     >>> cfg.layers, cfg.head_dim
     ((LayerDims(kv_heads=2, q_per_kv=2, ff=48), LayerDims(kv_heads=2, q_per_kv=2, ff=48)), 8)
     """
+    if _hf_mamba.is_mamba(config):
+        return _hf_mamba.from_hf(config)
     family = _family(config)
     config = {**FAMILIES[family].defaults, **config}
     config[KEYS["partial_rotary"]] = partial_from_hf(config)
@@ -63,7 +69,7 @@ def from_hf_config(config: dict[str, Any]) -> LlamaConfig:
     )
 
 
-def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
+def to_hf_config(cfg: Config) -> dict[str, Any]:
     """The `config.json` that says what this model is, as plainly as it can be said.
 
     - All layers equal: a plain configuration, which transformers 4 and 5 load. Layers of which nothing is left are not in the
@@ -85,6 +91,8 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
     >>> to_hf_config(cfg)["per_layer_config"]["1"]
     {'num_attention_heads': 3, 'num_key_value_heads': 1, 'intermediate_size': 40}
     """
+    if isinstance(cfg, MambaConfig):
+        return _hf_mamba.to_hf(cfg)
     alive = [dims for dims in cfg.layers if cfg.layer_arrays(dims)]
     rotated = cfg.shortcuts or cfg.norm_width is not None
     equal = len(set(alive)) == 1 and bool(alive[0].kv_heads and alive[0].ff) and not rotated
@@ -135,6 +143,8 @@ def to_hf_config(cfg: LlamaConfig) -> dict[str, Any]:
 
 def stored_biases(config: dict[str, Any]) -> tuple[str, ...]:
     """Which matrices have a bias in a file with this `config.json`."""
+    if _hf_mamba.is_mamba(config):
+        return _hf_mamba.from_hf(config).biases
     family = _family(config)
     if family == OURS:
         return tuple(config[BIASES_KEY])
@@ -145,6 +155,8 @@ def stored_biases(config: dict[str, Any]) -> tuple[str, ...]:
 
 def table_of(config: dict[str, Any]) -> Family:
     """The entry of the family of a file with this `config.json`."""
+    if _hf_mamba.is_mamba(config):
+        return Family(_hf_mamba.ARCHITECTURE)
     return FAMILIES[_family(config)]
 
 
@@ -162,6 +174,7 @@ def _family(config: dict[str, Any]) -> str:
     family = config.get("model_type") if named is None else by_architecture.get(str(named))
     if family not in FAMILIES:
         supported = ", ".join(table.architecture for name, table in FAMILIES.items() if name != OURS)
+        supported += f", {_hf_mamba.ARCHITECTURE}"
         why = f" ({REFUSED[named]})" if named in REFUSED else ""
         raise ValueError(
             f"config.json: architecture {named or config.get('model_type')!r} is not supported{why}; supported are {supported}"

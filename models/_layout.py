@@ -8,9 +8,8 @@ import jax
 import numpy as np
 
 from jaxprune.models import axes
-from jaxprune.models.config import LlamaConfig
 from jaxprune.models.params import shapes
-from jaxprune.models.types import Params
+from jaxprune.models.types import Config, Params
 
 A = TypeVar("A", np.ndarray, jax.Array)
 Place = Callable[[tuple[str, ...], np.ndarray], jax.Array]
@@ -33,7 +32,7 @@ class Source(NamedTuple):
     """
 
     where: str
-    cfg: LlamaConfig
+    cfg: Config
     dtype: np.dtype
     shapes: dict[str, tuple[int, ...]]
     name: Callable[[str, int | None], str]
@@ -49,9 +48,11 @@ def file_view(name: str, x: A) -> A:
     >>> file_view("o", np.zeros((3, 2, 8, 64))).shape  # kghd
     (64, 48)
     """
-    if name == "embed":
+    if name in ("embed", "A_log"):
         return x
-    if name not in ("head", *axes.MATRICES, *axes.SHORTCUTS):
+    if name == "conv1d":
+        return x[:, None]
+    if name not in ("head", *axes.MATRICES, *axes.MAMBA_MATRICES, *axes.SHORTCUTS):
         return x.reshape(-1)
     inputs = len(axes.INPUT.get(name, "d"))
     return x.reshape(math.prod(x.shape[:inputs]), -1).T
@@ -75,7 +76,7 @@ def halves(rows: int, head_dim: int, rotary_dim: int) -> np.ndarray:
     return (np.arange(0, rows, head_dim)[:, None] + head).reshape(-1)
 
 
-def parts(cfg: LlamaConfig) -> Iterator[tuple[tuple[str, ...], str, list[int | None], tuple[int, ...]]]:
+def parts(cfg: Config) -> Iterator[tuple[tuple[str, ...], str, list[int | None], tuple[int, ...]]]:
     """For each array of the parameters: its path, its name, the layers that it stacks ([None] at the top), its shape."""
     runs = {run.name: run for run in cfg.runs}
     for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes(cfg))[0]:

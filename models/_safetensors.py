@@ -11,10 +11,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxprune.models import _hf, axes
+from jaxprune.models import _hf, _hf_mamba, axes
 from jaxprune.models._layout import ROTATED, Rows, Source, file_shape, halves
 from jaxprune.models._stored import Stored
-from jaxprune.models.config import LlamaConfig
+from jaxprune.models.mamba_config import MambaConfig
+from jaxprune.models.types import Config
 
 NAMES = dict(
     embed="model.embed_tokens.weight",
@@ -39,6 +40,8 @@ def tensor_names(config: dict[str, Any]) -> Callable[[str, int | None], str]:
 
     An array that shares its tensor with others has the name of that tensor, and its own in brackets.
     """
+    if _hf_mamba.is_mamba(config):
+        return _hf_mamba.tensor_name()
     numbers, table = _hf.numbering(config), _hf.table_of(config)
     own = NAMES | table.names
     own |= {name: f"{fused}[{name}]" for fused, names in table.fused.items() for name in names}
@@ -113,9 +116,11 @@ def open_folder(folder: Path) -> Source:
     )
 
 
-def _take_apart(found: dict[str, _Place], cfg: LlamaConfig, config: dict[str, Any], where: str) -> None:
+def _take_apart(found: dict[str, _Place], cfg: Config, config: dict[str, Any], where: str) -> None:
     """Replaces each tensor that holds several arrays by its parts, and says where rows belong that are in another order."""
     name, table = tensor_names(config), _hf.table_of(config)
+    if isinstance(cfg, MambaConfig):
+        return
     for layer, number in _hf.numbering(config).items():
         size, letters = cfg.sizes(cfg.layers[layer]), cfg.layer_arrays(cfg.layers[layer])
         for fused, arrays in table.fused.items():

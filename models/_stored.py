@@ -12,8 +12,9 @@ import numpy as np
 from jaxprune.models import _hf
 from jaxprune.models._layout import ROTATED, file_shape, file_view, halves, parts
 from jaxprune.models.config import LlamaConfig
+from jaxprune.models.mamba_config import MambaConfig
 from jaxprune.models.params import shapes
-from jaxprune.models.types import Params
+from jaxprune.models.types import Config, Params
 
 
 class Stored(NamedTuple):
@@ -39,13 +40,15 @@ class Stored(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def tensors(params: Params, cfg: LlamaConfig, config: dict[str, Any]) -> list[Stored]:
+def tensors(params: Params, cfg: Config, config: dict[str, Any]) -> list[Stored]:
     """All tensors of a file with `config` as its `config.json`.
 
     Raises:
       ValueError: `params` is not a tree of `cfg`.
     """
     check_tree(params, cfg)
+    if isinstance(cfg, MambaConfig):
+        return list(own(params, cfg))
     table = _hf.table_of(config)
     out = {(tensor.name, tensor.layer): tensor for tensor in (*own(params, cfg), *_padding(params, cfg, config))}
     if table.interleaved:
@@ -67,7 +70,7 @@ def _joined(name: str, tensors: list[Stored]) -> Stored:
     return tensors[0]._replace(name=name, shape=shape, values=lambda: np.concatenate([tensor.values() for tensor in tensors]))
 
 
-def check_tree(params: Params, cfg: LlamaConfig) -> None:
+def check_tree(params: Params, cfg: Config) -> None:
     """Raises ValueError unless `params` has the arrays and shapes of `cfg`."""
 
     def flat(tree: Params) -> dict[str, tuple[int, ...]]:
@@ -81,7 +84,7 @@ def check_tree(params: Params, cfg: LlamaConfig) -> None:
             )
 
 
-def own(params: Params, cfg: LlamaConfig) -> Iterator[Stored]:
+def own(params: Params, cfg: Config) -> Iterator[Stored]:
     """The arrays of the model itself, layer by layer within each array."""
     for path, name, layers, shape in parts(cfg):
         x = params

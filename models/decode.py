@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxprune.models._cache import Cache, init_cache, prefill, step
-from jaxprune.models.config import LlamaConfig
-from jaxprune.models.types import Params
+from jaxprune.models.types import Config, Params
 
 __all__ = ["Cache", "generate", "init_cache", "prefill", "step", "stream"]
 
@@ -25,7 +24,7 @@ def _pick(logits, key, temperature, greedy):
 
 def stream(
     params: Params,
-    cfg: LlamaConfig,
+    cfg: Config,
     prompt: Int[Array | np.ndarray, "b t"],
     *,
     max_new_tokens: int,
@@ -93,7 +92,7 @@ def _check(prompt, cfg, n, temperature, key, pad, length):
 
 
 def generate(
-    params: Params, cfg: LlamaConfig, prompt: Int[Array | np.ndarray, "b t"], *, max_new_tokens: int, **options: Any
+    params: Params, cfg: Config, prompt: Int[Array | np.ndarray, "b t"], *, max_new_tokens: int, **options: Any
 ) -> Int[np.ndarray, "b n"]:
     """The new tokens of each sequence, n <= `max_new_tokens`; options as in `stream`.
 

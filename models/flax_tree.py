@@ -26,6 +26,7 @@ from jaxprune.models import _hf, _safetensors, _stored, axes
 from jaxprune.models._families import LIKE_LLAMA, OURS
 from jaxprune.models._layout import Rows, Source, assemble
 from jaxprune.models.config import LlamaConfig
+from jaxprune.models.mamba_config import only_llama
 from jaxprune.models.types import Params
 
 FILE = "flax_model.msgpack"
@@ -126,7 +127,7 @@ def load_flax_msgpack(folder: str | Path) -> tuple[Params, LlamaConfig]:
         except (ValueError, AttributeError, AssertionError) as e:
             raise ValueError(f"{folder / file}: not a complete msgpack file ({e}); copy or download it again") from None
     config = _safetensors.read_json(folder / "config.json")
-    cfg = _hf.from_hf_config(config)
+    cfg = only_llama(_hf.from_hf_config(config), "Flax")
     return from_flax(traverse_util.unflatten_dict(flat, sep="/"), cfg), cfg
 
 

@@ -1,8 +1,6 @@
 """LLaMA (Touvron et al., 2023) as pure functions on a tree of arrays, with probes that scores are derivatives by."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +8,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.models import _rope, _taps, axes
 from jaxprune.models._attention import attend
-from jaxprune.models._mesh import by_sequence, from_parts, in_parts
+from jaxprune.models._mesh import by_sequence
+from jaxprune.models._through import through
 from jaxprune.models.config import LlamaConfig
-from jaxprune.models.types import TAP_KINDS, Params, PerLayer, Probes
+from jaxprune.models.types import Config, Params, Probes
 
 
 def rms_norm(x: jax.Array, w: jax.Array, eps: float, gate: jax.Array | None = None, width: int | None = None) -> jax.Array:
@@ -131,30 +130,6 @@ def block(
     return project(p, "down", x, mlp(p, x, cfg, gate) if "up" in p else None, cfg, gate, output), cache
 
 
-def _stack(per_layer: PerLayer | None, start: int, length: int) -> Any:
-    return {} if per_layer is None else jax.tree.map(lambda *x: jnp.stack(x), *per_layer[start : start + length])
-
-
-def _layer(p, x, cfg, rope, probes, microbatch, axis_name):
-    taps = {kind: probes[kind] for kind in TAP_KINDS if kind in probes}
-    p, squares = _taps.outer(p, taps, axis_name)
-
-    def one(x):
-        return block(_taps.inner(p, squares), x, cfg, rope, probes.get("gates", {}), output=probes.get("output"))[0]
-
-    return _in_microbatches(one, x, 1 if squares else microbatch)
-
-
-def _in_microbatches(f: Callable[[jax.Array], jax.Array], x: jax.Array, microbatch: int | None) -> jax.Array:
-    """`f(x)`, so many sequences at a time; None is all of them."""
-    b = x.shape[0]
-    if microbatch is None or microbatch >= b:
-        return f(x)
-    if b % microbatch:
-        raise ValueError(f"microbatch: {microbatch} given; it must divide the batch of {b} sequences")
-    return from_parts(jax.lax.map(f, in_parts(x, microbatch)))
-
-
 def hidden(
     params: Params,
     tokens: Int[Array, "b t"],
@@ -165,17 +140,7 @@ def hidden(
     microbatch: int | None = None,
     axis_name: str | None = None,
 ) -> Float[Array, "b t d"]:
-    """The residual stream after the final norm.
-
-    Args:
-      params: the tree of `init`.
-      tokens: token ids.
-      cfg: what `params` was made with.
-      probes: see `jaxprune.models.types`; None is the plain model.
-      remat: keep only the residual stream between layers for the backward pass and recompute the rest.
-      microbatch: sequences that go through a layer at a time; it divides b. None is all of them. Changes memory, not results.
-      axis_name: a mapped axis (`pmap`, `shard_map`) over which taps sum weight gradients before they reduce them.
-    """
+    """The residual stream after the final norm; arguments as in `jaxprune.models.hidden`."""
     probes = probes or {}
     first_gates = probes["gates"][0] if "gates" in probes else {}
     x = params["embed"][tokens]
@@ -183,37 +148,16 @@ def hidden(
         x = x * first_gates["d"].astype(x.dtype)
     rope = _rope.tables(cfg, jnp.arange(tokens.shape[1]), tokens.shape[1])
 
-    for run in cfg.runs:
-        arrays = params.get(run.name, {})
-        if not arrays:
-            continue
+    def one(p: dict, x: jax.Array, probes: Probes) -> jax.Array:
+        return block(p, x, cfg, rope, probes.get("gates", {}), output=probes.get("output"))[0]
 
-        def layer(x, z):
-            return _layer(z[0], by_sequence(x), cfg, rope, z[1], microbatch, axis_name), None
-
-        stacked = {kind: _stack(per_layer, run.start, run.length) for kind, per_layer in probes.items()}
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (arrays, stacked))
+    x = through(params, x, cfg, one, probes, remat=remat, microbatch=microbatch, axis_name=axis_name)
     return rms_norm(by_sequence(x), params["norm"], cfg.norm_eps, first_gates.get("d"), cfg.norm_width)
 
 
-def head(params: Params, x: Float[Array, "... d"], cfg: LlamaConfig) -> Float[Array, "... v"]:
+def head(params: Params, x: Float[Array, "... d"], cfg: Config) -> Float[Array, "... v"]:
     """Logits, in float32; in float64 for a model that is."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     if cfg.tie_embeddings:
         return jnp.einsum("...d,vd->...v", x, params["embed"], preferred_element_type=dtype)
     return jnp.einsum("...d,dv->...v", x, params["head"], preferred_element_type=dtype)
-
-
-def apply(
-    params: Params, tokens: Int[Array, "b t"], cfg: LlamaConfig, probes: Probes | None = None, **options: Any
-) -> Float[Array, "b t v"]:
-    """Logits of every position, float32; options as in `hidden`.
-
-    >>> import jax
-    >>> from jaxprune import models
-    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),) * 3)
-    >>> params = models.init(jax.random.key(0), cfg)
-    >>> models.apply(params, jax.numpy.zeros((1, 5), int), cfg).shape
-    (1, 5, 64)
-    """
-    return head(params, hidden(params, tokens, cfg, probes, **options), cfg)

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxprune.models._mesh import by_sequence, from_parts, in_parts, ways
-from jaxprune.models.config import LlamaConfig
-from jaxprune.models.llama import head, hidden
-from jaxprune.models.types import LossFn, Params, Probes, Tokens
+from jaxprune.models.forward import hidden
+from jaxprune.models.llama import head
+from jaxprune.models.types import Config, LossFn, Params, Probes, Tokens
 
 
 def token_losses(
-    params: Params, x: Float[Array, "b t d"], targets: Int[Array, "b t"], cfg: LlamaConfig, chunk: int = 256
+    params: Params, x: Float[Array, "b t d"], targets: Int[Array, "b t"], cfg: Config, chunk: int = 256
 ) -> Float[Array, "b t"]:
     """Cross-entropy of each target in nats, float32, with the logits of about `chunk` tokens in memory at a time."""
 
@@ -42,7 +42,7 @@ def token_kl(
     x: Float[Array, "b t d"],
     other_params: Params,
     other_x: Float[Array, "b t e"],
-    cfg: LlamaConfig,
+    cfg: Config,
     chunk: int = 256,
 ) -> Float[Array, "b t"]:
     r"""Kullback-Leibler divergence :math:`\sum_v p_v (\log p_v - \log q_v)` of the next token at each position.
@@ -76,7 +76,7 @@ def token_kl(
 
 
 def loss_fn(
-    cfg: LlamaConfig,
+    cfg: Config,
     *,
     remat: bool = True,
     microbatch: int | None = None,
@@ -110,7 +110,7 @@ def loss_fn(
     return losses
 
 
-def sample_targets(params: Params, tokens: Int[Array, "b t"], cfg: LlamaConfig, key: jax.Array) -> dict[str, Int[Array, "b t"]]:
+def sample_targets(params: Params, tokens: Int[Array, "b t"], cfg: Config, key: jax.Array) -> dict[str, Int[Array, "b t"]]:
     """Draws the next token of every position from the model: the labels under which squared gradients are the true Fisher.
 
     Args:
@@ -143,9 +143,7 @@ def sample_targets(params: Params, tokens: Int[Array, "b t"], cfg: LlamaConfig, 
     return dict(inputs=tokens, targets=from_parts(targets).astype(jnp.int32))
 
 
-def max_logits_fn(
-    cfg: LlamaConfig, *, microbatch: int | None = None, axis_name: str | None = None, chunk: int = 8192
-) -> LossFn:
+def max_logits_fn(cfg: Config, *, microbatch: int | None = None, axis_name: str | None = None, chunk: int = 8192) -> LossFn:
     r"""NIRVANA's function of the logits, :math:`\frac1V \sum_v \max_t Z_{tv}` of each sequence, float32[b].
 
     Args:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.models import axes
 from jaxprune.models.config import LlamaConfig
-from jaxprune.models.llama import apply
+from jaxprune.models.forward import apply
 from jaxprune.models.params import shapes
 from jaxprune.models.types import Probes
 

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.models import axes
-from jaxprune.models.config import LayerDims, LlamaConfig
-from jaxprune.models.types import Params, Probes
+from jaxprune.models._mamba_init import initial
+from jaxprune.models.mamba_config import MambaConfig
+from jaxprune.models.types import Config, Params, Probes
 
 
-def shapes(cfg: LlamaConfig, dtype: Any = jnp.float32) -> Params:
+def shapes(cfg: Config, dtype: Any = jnp.float32) -> Params:
     """The parameter tree as `jax.ShapeDtypeStruct`s: `embed`, `norm`, `head` unless tied, one dict of stacked arrays a run."""
 
     def arrays(table: dict[str, str], size: dict[str, int], lead: tuple[int, ...] = ()) -> dict:
@@ -21,26 +22,32 @@ def shapes(cfg: LlamaConfig, dtype: Any = jnp.float32) -> Params:
     return arrays(cfg.top_arrays(), cfg.sizes()) | {name: run for name, run in runs.items() if run}
 
 
-def init(key: jax.Array, cfg: LlamaConfig, dtype: Any = jnp.float32) -> Params:
-    """Random parameters: norms one, biases zero, shortcuts the identity, matrices normal with standard deviation 0.02."""
+def init(key: jax.Array, cfg: Config, dtype: Any = jnp.float32) -> Params:
+    """Random parameters: norms one, biases zero, shortcuts the identity, matrices normal with standard deviation 0.02.
+
+    What else Mamba has starts as in `jaxprune.models._mamba_init`.
+    """
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes(cfg, dtype))
     ends = np.cumsum([leaf.size for _, leaf in leaves])
     flat = np.asarray(0.02 * jax.random.normal(key, (int(ends[-1]),)))  # one draw: XLA compiles random bits slowly
 
     def one(path, leaf, end):
         name = path[-1].key
+        drawn = flat[end - leaf.size : end].reshape(leaf.shape)
+        if isinstance(cfg, MambaConfig) and (own := initial(name, drawn / 0.02, cfg)) is not None:
+            return jnp.asarray(own, leaf.dtype)
         if name.endswith("norm"):
             return jnp.ones(leaf.shape, leaf.dtype)
         if name.endswith("_bias"):
             return jnp.zeros(leaf.shape, leaf.dtype)
         if name in axes.SHORTCUTS:
             return jnp.broadcast_to(jnp.eye(cfg.d, dtype=leaf.dtype), leaf.shape)
-        return jnp.asarray(flat[end - leaf.size : end].reshape(leaf.shape), leaf.dtype)
+        return jnp.asarray(drawn, leaf.dtype)
 
     return jax.tree.unflatten(tree, [one(path, leaf, end) for (path, leaf), end in zip(leaves, ends, strict=True)])
 
 
-def count_parameters(cfg: LlamaConfig) -> int:
+def count_parameters(cfg: Config) -> int:
     """All stored parameters; tied embeddings count once.
 
     >>> from jaxprune.models import LayerDims, LlamaConfig, count_parameters
@@ -50,12 +57,13 @@ def count_parameters(cfg: LlamaConfig) -> int:
     return sum(x.size for x in jax.tree.leaves(shapes(cfg)))
 
 
-def probes(cfg: LlamaConfig, units: str = "kf") -> Probes:
+def probes(cfg: Config, units: str | None = None) -> Probes:
     """Templates of all probes of the model: gates of one, taps and outputs of zero.
 
     Args:
       cfg: the model.
-      units: axis letters that gates are made for; taps exist for `k` and `f`.
+      units: axis letters that gates are made for, or None for all that layers may differ in, for which taps exist: `k` and
+        `f`, of Mamba `i`.
 
     Returns:
       `{"gates": PerLayer of float32[units], "taps": PerLayer of {tensor: float32[unit, ..., channel]}, "output": PerLayer of
@@ -69,18 +77,18 @@ def probes(cfg: LlamaConfig, units: str = "kf") -> Probes:
     """
     square = jnp.zeros((cfg.d, cfg.d), jnp.float32)  # one array for all layers: nothing is written to templates
 
-    def layer(dims: LayerDims) -> tuple[dict, dict, dict, dict]:
+    def layer(dims: Any) -> tuple[dict, dict, dict, dict]:
         size, arrays = cfg.sizes(dims), cfg.layer_arrays(dims)
-        alive = [u for u in units if size[u]]
+        alive = [u for u in (cfg.units if units is None else units) if size[u]]
         gates = {u: jnp.ones(size[u], jnp.float32) for u in alive}
         taps = {
             u: {
                 n: jnp.zeros([size[a] for a in axes.UNITS[u] if a in arrays[n]], jnp.float32)
-                for n in axes.MATRICES
+                for n in cfg.matrices
                 if n in arrays and u in arrays[n]
             }
             for u in alive
-            if u in "kf"
+            if u in cfg.units
         }
         output = dict.fromkeys(taps, square)
         return gates, taps, output, {u: jnp.zeros([size[a] for a in axes.UNITS[u]], jnp.float32) for u in taps}

@@ -1,6 +1,7 @@
 """The words that every folder shares, in terms of the axis letters of `jaxprune.models.axes`.
 
 ==========  ==========================================================================
+`Config`    of a model: `LlamaConfig` or `MambaConfig`
 `PerLayer`  one dict per decoder layer, keyed by axis letter: the shape that flows
 `Params`    a pytree of arrays; for our model the tree that `Llama(cfg).init` makes
 `Tokens`    int32[b, t]
@@ -33,7 +34,11 @@ from typing import Any, TypeAlias, TypeVar
 
 import jax
 
+from jaxprune.models.config import LlamaConfig
+from jaxprune.models.mamba_config import MambaConfig
+
 T = TypeVar("T")
+Config: TypeAlias = LlamaConfig | MambaConfig
 Axis: TypeAlias = str
 Params: TypeAlias = Any
 Tokens: TypeAlias = jax.Array

@@ -1,19 +1,20 @@
 """Units of a model: their statistics and their cost."""
 
+import math
+
 from jaxprune.models import axes
 from jaxprune.models._taps import reduce_onto
-from jaxprune.models.config import LlamaConfig
-from jaxprune.models.types import Params, PerLayer
+from jaxprune.models.types import Config, Params, PerLayer
 
 
-def sum_over_units(tree: Params, cfg: LlamaConfig, units: str = "kf") -> PerLayer:
+def sum_over_units(tree: Params, cfg: Config, units: str | None = None) -> PerLayer:
     """Sums an element-wise statistic, shaped like params, over everything but the units and their channels.
 
     Args:
       tree: shaped like the params of `cfg`.
       cfg: the model.
-      units: axis letters. For `d` the matrices, norms and embeddings count: the embedding stands with the first layer, the
-        final norm and the head with the last.
+      units: axis letters, or None for those that layers may differ in. For `d` the matrices, norms and embeddings count: the
+        embedding stands with the first layer, the final norm and the head with the last.
 
     Returns:
       Per layer, axis letter -> tensor name -> float32[unit, ..., channel].
@@ -25,11 +26,12 @@ def sum_over_units(tree: Params, cfg: LlamaConfig, units: str = "kf") -> PerLaye
     >>> s[0]["k"]["o"].shape, s[0]["f"]["gate"].shape
     ((2, 3, 8), (48,))
     """
+    units = cfg.units if units is None else units
     per_layer: list[dict] = []
     for run in cfg.runs:
         arrays, size = tree.get(run.name, {}), cfg.sizes(run.dims)
         for i in range(run.length):
-            counted = {n: x[i] for n, x in arrays.items() if n in axes.MATRICES or ("d" in units and n.endswith("norm"))}
+            counted = {n: x[i] for n, x in arrays.items() if n in cfg.matrices or ("d" in units and n.endswith("norm"))}
             per_layer.append(
                 {
                     u: {n: reduce_onto(x, axes.LAYER[n], axes.UNITS[u]) for n, x in counted.items() if u in axes.LAYER[n]}
@@ -44,8 +46,8 @@ def sum_over_units(tree: Params, cfg: LlamaConfig, units: str = "kf") -> PerLaye
     return tuple(per_layer)
 
 
-def unit_costs(cfg: LlamaConfig) -> PerLayer:
-    """Parameters of the attention and MLP matrices that go with one unit, per layer and axis letter (`k` and `f`).
+def unit_costs(cfg: Config) -> PerLayer:
+    """Parameters of the matrices that go with one unit, per layer and axis letter (`k` and `f`, of Mamba `i`).
 
     >>> from jaxprune import models
     >>> models.unit_costs(models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 3, 48),)))
@@ -54,16 +56,24 @@ def unit_costs(cfg: LlamaConfig) -> PerLayer:
     out = []
     for dims in cfg.layers:
         size = cfg.sizes(dims)
-        costs = dict(k=size["d"] * size["h"] * (2 + 2 * size["g"]), f=3 * size["d"])
-        out.append({u: c for u, c in costs.items() if size[u]})
+        letters = [(u, axes.LAYER[n]) for u in cfg.units for n in cfg.matrices if size[u] and u in axes.LAYER[n]]
+        costs = dict.fromkeys([u for u, _ in letters], 0)
+        for u, ax in letters:
+            costs[u] += math.prod(size[a] for a in ax if a != u)
+        out.append(costs)
     return tuple(out)
 
 
-def unit_counts(cfg: LlamaConfig, units: str = "kf") -> PerLayer:
+def unit_counts(cfg: Config, units: str | None = None) -> PerLayer:
     """Number of units, per layer and axis letter, of sublayers that exist.
+
+    Args:
+      cfg: the model.
+      units: axis letters, or None for those that layers may differ in.
 
     >>> from jaxprune import models
     >>> models.unit_counts(models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 3, 48),)))
     ({'k': 2, 'f': 48},)
     """
-    return tuple({u: cfg.sizes(dims)[u] for u in units if cfg.sizes(dims)[u]} for dims in cfg.layers)
+    letters = cfg.units if units is None else units
+    return tuple({u: n for u in letters if (n := cfg.sizes(dims).get(u, 0))} for dims in cfg.layers)

@@ -148,7 +148,7 @@ def test_the_same_seed_gives_the_same_plan_and_another_another():
         (dict(ratio=1.0), "ratio: 1.0 given"),
         (dict(method="magic"), "method: 'magic' given; allowed are kfac-obs"),
         (dict(ranking="best"), "ranking: 'best' given; allowed are local, global"),
-        (dict(units=("heads",)), "units: 'heads' given; allowed are kv, mlp, layers, sublayers, hidden"),
+        (dict(units=("heads",)), "units: 'heads' given; allowed are kv, mlp, inner, layers, sublayers, hidden"),
         (dict(units=("kv", "layers")), "only kv and mlp go together"),
         (dict(units=("hidden",), method="fisher"), "fisher cannot score hidden; it scores kv, mlp, layers"),
         (dict(steps=0), "steps: 0 given"),

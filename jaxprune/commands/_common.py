@@ -13,7 +13,7 @@ import numpy as np
 import tyro
 
 from jaxprune._token_file import is_token_file
-from jaxprune.models import LlamaConfig
+from jaxprune.models import Config
 
 
 def flag(metavar: str, default: str | None = None) -> Any:
@@ -75,7 +75,7 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def check_tokens(tokens: np.ndarray, cfg: LlamaConfig, source: str) -> None:
+def check_tokens(tokens: np.ndarray, cfg: Config, source: str) -> None:
     """Raises ValueError unless the model has all of the tokens, for JAX reads any other as its last one."""
     if tokens.max() >= cfg.vocab:
         found, belongs = ("the file has", "a file") if is_token_file(source) else ("the tokenizer makes", "the tokenizer")

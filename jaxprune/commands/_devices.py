@@ -9,7 +9,8 @@ import jax
 
 from jaxprune import folder, sharding
 from jaxprune.commands._common import flag, say
-from jaxprune.models import LlamaConfig
+from jaxprune.models import Config
+from jaxprune.models.mamba_config import only_llama
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,13 +61,22 @@ def load(flags: Devices, source: str, dtype: str | None = None, **options: Any) 
     return model
 
 
-def check(flags: Devices, cfg: LlamaConfig) -> None:
+def load_any(flags: Devices, source: str, dtype: str | None = None, **options: Any) -> folder.Model:
+    """`folder.load_any`, and `load` where there is a mesh, on which Mamba cannot be spread.
+
+    Raises:
+      ValueError: as `load`.
+    """
+    return load(flags, source, dtype, **options) if flags.mesh else folder.load_any(source, dtype, **options)
+
+
+def check(flags: Devices, cfg: Config) -> None:
     """Says which axes of a model do not divide by the mesh.
 
     Raises:
       ValueError: one does not, and the flags are strict.
     """
-    for note in sharding.replicated(cfg, flags.sizes):
+    for note in () if flags.mesh is None else sharding.replicated(only_llama(cfg, "mesh"), flags.sizes):
         if flags.strict_sharding:
             raise ValueError(f"strict_sharding: {note}; choose another mesh or other widths, or leave --strict-sharding out")
         say(f"note: {note}")

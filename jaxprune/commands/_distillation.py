@@ -12,6 +12,7 @@ from jaxprune import models, recovery
 from jaxprune.commands import _devices
 from jaxprune.commands._common import flag
 from jaxprune.models import checkpoint
+from jaxprune.models.mamba_config import only_llama
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,8 @@ def check(flags: Distillation, model: str) -> None:
                 f"{name}: {getattr(flags, name)} given; blockwise distillation compares neither logits nor the text"
             )
     student, teacher = checkpoint.resolve(model), checkpoint.resolve(flags.distill)
-    make_loss(flags, checkpoint.read_config(student), checkpoint.read_config(teacher), None)
+    small, dense = (only_llama(checkpoint.read_config(path), "distill") for path in (student, teacher))
+    make_loss(flags, small, dense, None)
     vocabularies = [_vocabulary(path) for path in (student, teacher)]
     if None not in vocabularies and vocabularies[0] != vocabularies[1]:
         raise ValueError(

@@ -13,6 +13,8 @@ from jaxprune.commands._bench_cell import Cell
 from jaxprune.commands._calibration import Calibration
 from jaxprune.commands._common import ModelName, Output, flag, say
 from jaxprune.commands._stages import once, opened
+from jaxprune.models import checkpoint
+from jaxprune.models.mamba_config import only_llama
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,7 @@ def _check(args: Bench, asked: dict[str, Cell]) -> None:
     for name, least in dict(samples=1, length=2).items():
         if (number := getattr(args.calibration, name)) is not None and number < least:
             raise ValueError(f"{name}: {number} given; ask for at least {least}")
+    only_llama(checkpoint.read_config(args.model), "bench")
     evaluate.inputs(evaluate.Evaluate(model=args.model, **dataclasses.asdict(args.measurement)))
     used = [_bench_cell.settings(c.method, c.ratio, args.calibration.seed) for c in asked.values() if c.method is not None]
     if args.calibration.calibration != "self" and any(methods.find(s.method).needs != "weights" for s in used):

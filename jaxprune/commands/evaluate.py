@@ -12,6 +12,7 @@ from jaxprune import evaluate as evaluation
 from jaxprune._text import beginnings
 from jaxprune.commands import _devices
 from jaxprune.commands._common import ModelName, Output, flag, stage
+from jaxprune.models.mamba_config import only_llama
 
 WINDOW = 1024
 
@@ -55,7 +56,9 @@ def run(args: Evaluate) -> dict[str, Any]:
     tasks = _tasks(args)
     with stage("loading", {}):
         needed = isinstance(text, str) or choices is not None or tasks is not None
-        model = _devices.load(args.devices, args.model, args.dtype, needs_tokenizer=needed)
+        model = _devices.load_any(args.devices, args.model, args.dtype, needs_tokenizer=needed)
+    if choices is not None or tasks is not None:
+        only_llama(model.cfg, "choice and tasks")
     result = measured(model, args, text, choices)
     if tasks is not None:
         result["tasks"] = harness.run_tasks(model, tasks, limit=args.limit, num_fewshot=args.num_fewshot)

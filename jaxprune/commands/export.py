@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from jaxprune import folder, models
 from jaxprune._files import atomic_file, atomic_folder
 from jaxprune.commands._common import ModelName, Output, flag, say, stage
-from jaxprune.models import LlamaConfig, checkpoint, export
+from jaxprune.models import LlamaConfig, _hf_mamba, checkpoint, export
+from jaxprune.models.mamba_config import only_llama
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,8 @@ def run(args: Export) -> dict[str, Any]:
     if args.check:
         if args.to is not None or args.out is not None:
             raise ValueError("check: given together with --to or --out; --check writes nothing and looks at every profile")
-        return _fitting(checkpoint.read_config(args.model), args.type)
+        seen = checkpoint.read_config(args.model)
+        return _fitting_mamba(seen) if isinstance(seen, models.MambaConfig) else _fitting(seen, args.type)
     if args.to is None or args.out is None:
         raise ValueError("export: --to and --out are needed; give --to PROFILE --out PATH, or --check")
     profile, path = export.find(args.to), checkpoint.resolve(args.model)
@@ -46,12 +48,13 @@ def run(args: Export) -> dict[str, Any]:
         raise ValueError(f"type: {args.type!r} given; {args.to} stores {', '.join(profile.types)}")
     if profile.suffix and args.out.suffix != profile.suffix:
         raise ValueError(f"out: {args.out} given; {args.to} is one file: name it {args.out.with_suffix(profile.suffix).name}")
-    if problems := profile.problems(checkpoint.read_config(path)):
+    cfg = only_llama(checkpoint.read_config(path), f"export --to {args.to}")
+    if problems := profile.problems(cfg):
         raise ValueError(f"{args.to}: this model does not fit: {'; '.join(problems)}")
     seconds: dict[str, float] = {}
     with (atomic_file if profile.suffix else atomic_folder)(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
-            params, cfg = models.load(path, dtype=args.type if args.type in checkpoint.FLOATS else None)
+            params, _ = models.load(path, dtype=args.type if args.type in checkpoint.FLOATS else None)
             tokenizer = folder.load_tokenizer(path, needed=False)
         stored = params["embed"].dtype.name
         kind = args.type or (stored if stored in profile.types else profile.types[0])
@@ -69,6 +72,13 @@ def run(args: Export) -> dict[str, Any]:
         "notes": notes,
         "seconds": seconds,
     }
+
+
+def _fitting_mamba(cfg: models.MambaConfig) -> dict[str, Any]:
+    """A folder of a Mamba is what transformers loads, if its layers are equal; no profile writes another."""
+    reasons = _hf_mamba.problems(cfg)
+    row = {"profile": "the folder itself", "fits": "no" if reasons else "yes", "for": "MambaForCausalLM of transformers"}
+    return {"profiles": [row], "reasons": [{"profile": row["profile"], "why not": reason} for reason in reasons]}
 
 
 def _fitting(cfg: LlamaConfig, kind: str | None) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Generate:
 def run(args: Generate) -> dict[str, Any]:
     """Prints the continuation as it comes."""
     with stage("loading", {}):
-        model = folder.load(args.model)
+        model = folder.load_any(args.model)
     begin = time.monotonic()
     written: list[int] = []
     shown = ""

@@ -6,6 +6,9 @@ from typing import Any
 from jaxprune import folder, methods, models
 from jaxprune.commands._common import ModelName, Output
 from jaxprune.models import checkpoint
+from jaxprune.models._hf_mamba import problems
+
+UNITS = dict(k="KV groups", f="MLP channels", i="inner channels")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,16 +35,16 @@ def run(args: Inspect) -> dict[str, Any]:
         raise ValueError(f"{path}: {folder.RECORD} is for {len(plan['sizes'])} layers, the model has {len(cfg.layers)}")
     layers = []
     for i, dims in enumerate(cfg.layers):
-        row = {"layer": i, "KV groups": dims.kv_heads, "query heads": dims.kv_heads * dims.q_per_kv, "MLP channels": dims.ff}
+        row = {"layer": i} | _widths(dims)
         row["matrix parameters"] = cfg.matrix_parameters(dims)
         if plan is not None:
             gone = {a: plan["sizes"][i][a] - len(plan["keep"][i].get(a, range(plan["sizes"][i][a]))) for a in plan["sizes"][i]}
-            row |= {"KV groups removed": gone.get("k", 0), "MLP channels removed": gone.get("f", 0)}
+            row |= {f"{UNITS[a]} removed": gone.get(a, 0) for a in cfg.units}
         layers.append(row)
     return {
         "family": cfg.family,
         "residual width": cfg.d,
-        "head size": cfg.head_dim,
+        **_sizes(cfg),
         "vocabulary": cfg.vocab,
         "tied embeddings": cfg.tie_embeddings,
         "decoder parameters": cfg.decoder_parameters,
@@ -50,6 +53,19 @@ def run(args: Inspect) -> dict[str, Any]:
         "pruned from": None if record is None else record["source"],
         "layers": layers,
     }
+
+
+def _widths(dims: Any) -> dict[str, int]:
+    if isinstance(dims, models.MambaDims):
+        return {UNITS["i"]: dims.inner}
+    return {UNITS["k"]: dims.kv_heads, "query heads": dims.kv_heads * dims.q_per_kv, UNITS["f"]: dims.ff}
+
+
+def _sizes(cfg: models.Config) -> dict[str, Any]:
+    if isinstance(cfg, models.LlamaConfig):
+        return {"head size": cfg.head_dim}
+    loads = "; ".join(problems(cfg)) or "yes"
+    return {"states": cfg.state, "convolution": cfg.conv, "rank of the time step": cfg.dt_rank, "transformers loads it": loads}
 
 
 def run_methods(args: Methods) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from jaxprune._scores_file import write_scores
 from jaxprune.commands import _budget, _devices
 from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described
 from jaxprune.commands._common import ModelName, Output, Profile, flag, layer_range, peak_memory, say, stage
+from jaxprune.models import Config
+from jaxprune.models.mamba_config import only_llama
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +40,9 @@ class Shape:
     standardized: globally, after each layer's scores are standardised. gamma: KV groups and channels apart. linear, log: more
     from later layers. lagrangian: least loss in sum, for scores that are curves of loss (kfac-obs).
     sensitivity: the same with measured curves."""
-    units: Annotated[str | None, flag("A,B", "kv,mlp, or what the method scores")] = None
+    units: Annotated[str | None, flag("A,B", "kv,mlp, or what the method scores; inner of Mamba")] = None
     """kv,mlp (KV groups and MLP channels, or one of them), layers (whole layers), sublayers (whole attentions and MLPs) or
-    hidden (residual channels)."""
+    hidden (residual channels); of Mamba inner (inner channels)."""
     layers: Annotated[str | None, flag("A:B", "all layers")] = None
     """A:B, prune only layers A to B-1."""
     protect_first: Annotated[int, flag("N")] = 0
@@ -48,7 +50,7 @@ class Shape:
     protect_last: Annotated[int, flag("N")] = 0
     """Leave the last N layers alone."""
     multiple_of: Annotated[int, flag("N")] = 8
-    """MLP widths are multiples of this, and of the mesh's tensor axis."""
+    """MLP widths, or inner widths of Mamba, are multiples of this, and of the mesh's tensor axis."""
     min_kept: Annotated[float | None, flag("F", "the method's own")] = None
     """Every MLP keeps at least this fraction of its channels."""
     max_distinct: Annotated[int | None, flag("N", "no limit")] = None
@@ -84,14 +86,14 @@ class Prune:
     devices: _devices.Devices = _devices.Devices()
     output: Output = Output()
 
-    def settings(self) -> pipeline.Settings:
-        """The flags as `pipeline.Settings`.
+    def settings(self, cfg: Config | None = None) -> pipeline.Settings:
+        """The flags as `pipeline.Settings`, for a LLaMA-family model or for the model `cfg`.
 
         Raises:
           ValueError: they cannot be used.
         """
         given = self.shape.units
-        units = tuple(given.split(",")) if given is not None else methods.default_units(self.method)
+        units = tuple(given.split(",")) if given is not None else methods.default_units(self.method, cfg)
         settings = pipeline.Settings(
             method=self.method,
             ratio=pipeline.Settings.ratio if self.ratio is None else self.ratio,
@@ -125,13 +127,16 @@ def run(args: Prune) -> dict[str, Any]:
     with atomic_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
             needs_tokenizer = reads_text and not data.is_token_file(args.calibration.calibration)
-            model = _devices.load(args.devices, args.model, args.dtype, needs_tokenizer=needs_tokenizer)
+            model = _devices.load_any(args.devices, args.model, args.dtype, needs_tokenizer=needs_tokenizer)
         plan = None if args.plan is None else folder.read_plan(args.plan)
+        if plan is None:
+            settings = args.settings(model.cfg)
+            settings.check(model.cfg)
         _profiles.check(model.cfg, settings, plan)
         tokens = fit_tokens = calibration = goal = None
         if _budget.asked(args.budget):
             with stage("reading the target", seconds):
-                goal = _budget.goal(args.budget, model.cfg, settings, args.dtype)
+                goal = _budget.goal(args.budget, only_llama(model.cfg, "target"), settings, args.dtype)
         if reads_text:
             with stage("reading calibration text", seconds):
                 calibration, fit_tokens = calibration_tokens(
@@ -168,8 +173,9 @@ def run(args: Prune) -> dict[str, Any]:
         budget = {}
         if goal is not None and pruned.met is not None:
             settings = dataclasses.replace(settings, ratio=pruned.met.ratio)
-            result = _budget.rows(goal, pruned.met, model.cfg) | result
-            budget = {"target": _budget.recorded(goal, pruned.met, model.cfg)}
+            dense_cfg = only_llama(model.cfg, "target")
+            result = _budget.rows(goal, pruned.met, dense_cfg) | result
+            budget = {"target": _budget.recorded(goal, pruned.met, dense_cfg)}
         model = model._replace(params=None)  # saving reads the pruned weights alone: the dense ones need not stay in memory
         record = dict(
             plan=json.loads(pruned.plan.to_json()),
@@ -189,7 +195,7 @@ def run(args: Prune) -> dict[str, Any]:
     return result | {"folder": str(args.out)}
 
 
-def probe_tokens(tokens: Any, cfg: models.LlamaConfig) -> Any:
+def probe_tokens(tokens: Any, cfg: models.Config) -> Any:
     """Tokens to verify on: of the calibration set, or drawn evenly from the vocabulary where there is none."""
     if tokens is not None:
         return tokens[:2, :64]
@@ -197,7 +203,7 @@ def probe_tokens(tokens: Any, cfg: models.LlamaConfig) -> Any:
 
 
 def summary(
-    cfg: models.LlamaConfig, pruned: pipeline.Pruned, report: proof.Report | None, seconds: dict[str, float]
+    cfg: models.Config, pruned: pipeline.Pruned, report: proof.Report | None, seconds: dict[str, float]
 ) -> dict[str, Any]:
     """The numbers that the command prints."""
     return {

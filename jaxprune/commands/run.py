@@ -19,6 +19,7 @@ from jaxprune.commands._distillation import Distillation
 from jaxprune.commands._stages import once, opened
 from jaxprune.commands.generate import check_prompt, continuation
 from jaxprune.models import checkpoint
+from jaxprune.models.mamba_config import only_llama
 from jaxprune.plan import Plan
 
 
@@ -122,6 +123,7 @@ def run(args: Run) -> dict[str, Any]:
 def _check(args: Run) -> None:
     """Refuses flags and files that a later stage would stumble over, before anything is done."""
     args.prune_flags().settings()
+    only_llama(checkpoint.read_config(args.model), "run")
     recover.optimizer(args.recover_flags())
     check_prompt(args.evaluation.prompt)
     evaluate.inputs(args.evaluate_flags(args.model))
@@ -170,7 +172,7 @@ def _rows(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def _report(args: Run, done: dict[str, Any], metrics: dict[str, Any], samples: dict[str, str]) -> Path:
     record = folder.read_record(args.out / "pruned")
     assert record is not None
-    dense, small = checkpoint.read_config(args.model), checkpoint.read_config(args.out / "pruned")
+    dense, small = (only_llama(checkpoint.read_config(source), "run") for source in (args.model, args.out / "pruned"))
     scores = read_scores(args.out / "pruned" / "scores.npz", len(dense.layers))
     figures = {
         "widths": report.widths_figure(dense, small),

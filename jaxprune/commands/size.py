@@ -14,6 +14,7 @@ from jaxprune._accelerators import ACCELERATORS, USABLE
 from jaxprune.commands._common import Output, flag, say, stage
 from jaxprune.models import LayerDims, LlamaConfig, checkpoint
 from jaxprune.models._safetensors import read_json
+from jaxprune.models.mamba_config import only_llama
 
 GIB = 2**30
 MODELS = {
@@ -107,10 +108,10 @@ def config(given: str) -> LlamaConfig:
     if given in MODELS:
         return MODELS[given]
     if Path(given).is_dir():
-        return checkpoint.read_config(given)
+        return only_llama(checkpoint.read_config(given), "size")
     if not Path(given).is_file():
         raise FileNotFoundError(f"model_config: {given} given; name a config.json, a folder or one of {', '.join(MODELS)}")
-    return models.from_hf_config(read_json(Path(given)))
+    return only_llama(models.from_hf_config(read_json(Path(given))), "size")
 
 
 def simulate(n: int) -> None:

@@ -17,7 +17,7 @@ from jaxprune.commands._calibration import Calibration, described, draw, up_to_a
 from jaxprune.commands._common import ModelName, Output, flag, peak_memory, say, stage
 from jaxprune.commands._stages import opened
 from jaxprune.models import unit_counts
-from jaxprune.models.axes import MATRICES
+from jaxprune.models.axes import MAMBA_MATRICES, MATRICES
 from jaxprune.plan import Plan
 from jaxprune.recovery import sparse
 
@@ -26,7 +26,7 @@ SIZES = {True: (128, 2048), False: (64, 512)}  # samples and length, with an acc
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sparsify:
-    """Set weights of all attention and MLP matrices to zero, in one shot, and fit the others to make up for them.
+    """Set weights of all attention and MLP matrices, or of Mamba's projections, to zero and fit the others to make up for them.
 
     The shapes stay; transformers loads the result like any model. Killed at any moment, the same command goes on after the last
     finished layer, in OUT.sparsifying until the end.
@@ -49,7 +49,7 @@ class Sparsify:
     block: Annotated[int | None, flag("N", "one fit at the end")] = None
     """Of apt: columns after which the weights are fitted again before the mask goes on."""
     skip: Annotated[str | None, flag("A,B", "none")] = None
-    """What stays dense: q, k, v, o, gate, up, down, layers.0, layers.0.down."""
+    """What stays dense: q, k, v, o, gate, up, down, of Mamba in_proj, x_proj, dt_proj, out_proj; layers.0, layers.0.down."""
     damp: Annotated[float, flag("F")] = 0.01
     """Added to the diagonal of the second moments of the inputs, in means of it."""
     calibration: Annotated[str, flag("SRC")] = "builtin"
@@ -95,7 +95,7 @@ def run(args: Sparsify) -> dict[str, Any]:
     given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")})
     with atomic_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
-            model = folder.load(args.model, args.dtype, needs_tokenizer=not data.is_token_file(args.calibration))
+            model = folder.load_any(args.model, args.dtype, needs_tokenizer=not data.is_token_file(args.calibration))
         names = sparsify.chosen(model.cfg, asked)
         with stage("reading calibration text", seconds):
             calibration = _calibration(args, model)
@@ -125,7 +125,7 @@ def run(args: Sparsify) -> dict[str, Any]:
 def by_matrix(found: dict[str, tuple[float, int]], errors: dict[str, float] | None = None) -> list[dict[str, Any]]:
     """Zeros and violations over all layers, a row for each kind of matrix."""
     rows: list[dict[str, Any]] = []
-    for matrix in MATRICES:
+    for matrix in (*MATRICES, *MAMBA_MATRICES):
         if names := [name for name in found if name.split(".")[-1] == matrix]:
             zeros = [found[name][0] for name in names]
             row = {"matrix": matrix, "layers": len(names), "least zeros": min(zeros), "most zeros": max(zeros)}
@@ -171,7 +171,7 @@ def _record(
     result: dict[str, Any],
     names: tuple[tuple[str, ...], ...],
 ) -> dict[str, Any]:
-    arrays = [n for n in MATRICES if any(n in layer for layer in names)]
+    arrays = [n for n in model.cfg.matrices if any(n in layer for layer in names)]
     settings = dataclasses.asdict(asked) | dict(pattern=asked.pattern._asdict())
     return dict(
         plan=json.loads(Plan(tuple({} for _ in model.cfg.layers), unit_counts(model.cfg)).to_json()),

@@ -36,13 +36,13 @@ def run(args: Verify) -> dict[str, Any]:
     """Loads both and compares."""
     seconds: dict[str, float] = {}
     with stage("loading", seconds):
-        small = folder.load(args.pruned, needs_tokenizer=False)
+        small = folder.load_any(args.pruned, needs_tokenizer=False)
         if small.record is None:
             raise ValueError(
                 f"{args.pruned}: no {folder.RECORD}, so there is no plan to verify; give a folder that jaxprune wrote"
             )
         needs_tokenizer = not data.is_token_file(args.text)
-        dense = folder.load(args.dense, str(small.params["embed"].dtype), needs_tokenizer=needs_tokenizer)
+        dense = folder.load_any(args.dense, str(small.params["embed"].dtype), needs_tokenizer=needs_tokenizer)
     plan = folder.plan_from(small.record, dense.cfg, small.cfg)
     tokens = data.token_blocks(args.text, dense.tokenizer, samples=args.samples, length=args.length, seed=0).tokens
     check_tokens(tokens, dense.cfg, args.text)

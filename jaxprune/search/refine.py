@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune import _narrow, allocate
+from jaxprune import allocate
 from jaxprune._constraints import Constraints
 from jaxprune._curves import lagrangian
 from jaxprune.models import LlamaConfig, PerLayer
@@ -114,7 +114,7 @@ def nearest(db: Database, widths: Widths) -> Levels:
 
 def config(db: Database, cfg: LlamaConfig, levels: Levels) -> LlamaConfig:
     """The configuration of a candidate."""
-    return _narrow.with_widths(cfg, database.widths(db, levels))
+    return cfg.with_widths(database.widths(db, levels))
 
 
 def movable_in(db: Database) -> list[tuple[int, str]]:

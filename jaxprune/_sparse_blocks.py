@@ -1,0 +1,58 @@
+"""What a block is to `jaxprune sparsify`: which matrices read the same, what each reads, what the block passes on."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxprune.models import Config, MambaConfig, Params, mamba, reads, rms_norm, sublayer
+
+
+class Blocks(NamedTuple):
+    """The blocks of an architecture.
+
+    Attributes:
+      groups: names of matrices that read the same, in the order in which tokens go through them.
+      begin: (parameters, tokens [b, t], configuration) -> the residual stream before the first block, [b, t, d].
+      reads: (arrays of a block, first name of a group, stream before the block, configuration) -> what that group reads,
+        [b, t, ...].
+      after: (arrays of a block, stream before it, configuration) -> the stream after it.
+    """
+
+    groups: tuple[tuple[str, ...], ...]
+    begin: Callable[[Params, jax.Array, Any], jax.Array]
+    reads: Callable[[dict, str, jax.Array, Any], jax.Array]
+    after: Callable[[dict, jax.Array, Any], jax.Array]
+
+
+def _llama_reads(p: dict, name: str, x: jax.Array, cfg: Any) -> jax.Array:
+    if name in ("gate", "down"):
+        x = sublayer(p, "o", x, cfg)
+    if name in ("o", "down"):
+        return reads(p, name, x, cfg)
+    return rms_norm(x, p["attn_norm" if name == "q" else "mlp_norm"], cfg.norm_eps, width=cfg.norm_width)
+
+
+LLAMA = Blocks(
+    (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)),
+    lambda params, tokens, cfg: params["embed"][tokens],
+    _llama_reads,
+    lambda p, x, cfg: sublayer(p, "down", sublayer(p, "o", x, cfg), cfg),
+)
+MAMBA = Blocks(
+    (("in_proj",), ("x_proj",), ("dt_proj",), ("out_proj",)),
+    mamba.embedded,
+    lambda p, name, x, cfg: mamba.inputs(p, x, cfg)[0][name],
+    lambda p, x, cfg: mamba.block(p, x, cfg)[0],
+)
+
+
+def blocks_of(cfg: Config) -> Blocks:
+    """The blocks of a model.
+
+    >>> from jaxprune import models, _sparse_blocks
+    >>> cfg = models.MambaConfig(vocab=64, d=32, dt_rank=2, layers=(models.MambaDims(64),))
+    >>> [group[0] for group in _sparse_blocks.blocks_of(cfg).groups]
+    ['in_proj', 'x_proj', 'dt_proj', 'out_proj']
+    """
+    return MAMBA if isinstance(cfg, MambaConfig) else LLAMA
