@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune import _beside
 from jaxprune.models import LayerDims, LlamaConfig, Params, Probes, axes, probes
+from jaxprune.models._mesh import on_host
 from jaxprune.plan import Plan
 
 
@@ -35,7 +36,7 @@ def pruned_config(cfg: LlamaConfig, plan: Plan) -> LlamaConfig:
 
 def take(x: np.ndarray | jax.Array, letters: str, keep: dict) -> np.ndarray:
     """The kept positions of one array whose axes are `letters`, on the host; axes that `keep` does not name stay whole."""
-    x = np.asarray(x)
+    x = on_host(x)
     for i, axis in enumerate(letters):
         if axis in keep:
             x = np.take(x, np.asarray(keep[axis], np.int64), axis=i)
@@ -88,7 +89,7 @@ def cut(params: Params, cfg: LlamaConfig, plan: Plan) -> tuple[Params, LlamaConf
             wide = np.empty([run.length, *(small.sizes(run.dims)[a] for a in letters)], dtype)
             for j, i in enumerate(layers):
                 source, at = where[i]
-                wide[j] = take(np.asarray(params[source.name][array])[at], letters, keep[i])
+                wide[j] = take(on_host(params[source.name][array], at), letters, keep[i])
             arrays[array] = put((run.name, array), wide)
         if arrays:
             out[run.name] = arrays
@@ -149,7 +150,7 @@ def widen(small: Params, cfg: LlamaConfig, plan: Plan) -> Params:
             name, i = where[layer]
             for array, letters in cfg.layer_arrays(run.dims).items():
                 kept = small.get(name, {}).get(array)
-                kept = None if kept is None else np.asarray(kept)[i]
+                kept = None if kept is None else on_host(kept, i)
                 arrays.setdefault(array, []).append(scatter(kept, letters, plan.keep[layer], cfg.sizes(run.dims)))
         if arrays:
             out[run.name] = {array: put((run.name, array), np.stack(slices)) for array, slices in arrays.items()}

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxprune.models import _hf, axes
-from jaxprune.models._layout import ROTATED, Rows, Source, file_shape, halves
+from jaxprune.models._layout import ROTATED, WHOLE, Rows, Source, file_shape, halves
 from jaxprune.models._stored import Stored
 from jaxprune.models.config import LlamaConfig
 
@@ -85,14 +85,16 @@ def open_folder(folder: Path) -> Source:
         raise ValueError(f"{folder}: the checkpoint holds no tensors")
     _take_apart(found, cfg, config, str(folder))
 
-    def read(name: str) -> Iterator[tuple[Rows, np.ndarray]]:
+    def read(name: str, rows: slice = WHOLE, columns: slice = WHOLE) -> Iterator[tuple[Rows, np.ndarray]]:
         place = found[name]
-        rows, step = place.shape[0], max(1, PART // max(1, math.prod(place.shape[1:])))
+        first, last, _ = rows.indices(place.shape[0])
+        across = (slice(*columns.indices(place.shape[1])),) if len(place.shape) > 1 else ()
+        step = max(1, PART // max(1, math.prod(s.stop - s.start for s in across)))
         with _opened(place.file) as f:
             tensor = f.get_slice(place.tensor)
-            for start in range(0, rows, step):
-                part = slice(start, min(start + step, rows))
-                values = tensor[place.start + part.start : place.start + part.stop]
+            for start in range(first, last, step):
+                part = slice(start, min(start + step, last))
+                values = tensor[(slice(place.start + part.start, place.start + part.stop), *across)]
                 yield part if place.order is None else place.order[part], values
 
     absent = tuple(NAMES[f"{n}_bias"] for n in set(_hf.stored_biases(config)) - set(cfg.biases))

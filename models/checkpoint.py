@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.models import _gguf, _hf, _layout, _safetensors, _stored
 from jaxprune.models._hf_tokenizer import save_tokenizer
@@ -59,8 +60,9 @@ def load(source: str | Path, *, dtype: Any = None, place: _layout.Place | None =
       source: see `resolve`.
       dtype: float32, bfloat16 or float16; None is what the file holds (of several, the narrowest type that holds them all), and
         float32 for GGUF.
-      place: puts a finished array (path in the tree, numpy array) on its devices; default is `jax.device_put`, which on
-        the CPU takes over the memory.
+      place: puts an array (path in the tree, array) on its devices. The array has a shape and a dtype and is not read yet:
+        `x[slices]`, with a slice an axis, reads that part of it from the file, `np.asarray(x)` all. Default is `jax.device_put`
+        of all of it, which on the CPU takes over the memory.
 
     Returns:
       The parameters as `init` shapes them, and the configuration.
@@ -73,7 +75,7 @@ def load(source: str | Path, *, dtype: Any = None, place: _layout.Place | None =
         raise ValueError(f"dtype {jnp.dtype(dtype).name} given; allowed are {', '.join(FLOATS)}")
     path = resolve(source)
     opened = _safetensors.open_folder(path) if path.is_dir() else _gguf.open_file(path)
-    params = _layout.assemble(opened, dtype, place or (lambda _, x: jax.device_put(x)))
+    params = _layout.assemble(opened, dtype, place or (lambda _, x: jax.device_put(np.asarray(x))))
     return params, opened.cfg
 
 
