@@ -169,7 +169,7 @@ def on_mesh(x: Any, sharding: NamedSharding) -> jax.Array:
     """An array of the host, or of a file, on a mesh: each process takes the parts of its own devices, each part once."""
     parts: dict[str, np.ndarray] = {}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
         if (key := str(index)) not in parts:
             parts[key] = x[index]
         return parts[key]

@@ -135,15 +135,17 @@ def widen(small: Params, cfg: LlamaConfig, plan: Plan) -> Params:
     def scatter(x, letters: str, keep: dict, size: dict[str, int]) -> np.ndarray:
         wide = np.zeros([size[a] for a in letters], small["embed"].dtype if x is None else x.dtype)
         if x is not None:
+            x = on_host(x)
             index = (np.asarray(keep[a], np.int64) if a in keep else np.arange(size[a]) for a in letters)
             wide[np.ix_(*index)] = x
         return wide
 
     shared = {"d": plan.keep[0]["d"]} if "d" in plan.keep[0] else {}
     put = _beside.like(small, cfg)
-    out: Params = {
-        name: put((name,), scatter(small[name], letters, shared, cfg.sizes())) for name, letters in cfg.top_arrays().items()
-    }
+    out: Params = {}
+    for name, letters in cfg.top_arrays().items():
+        narrow = set(letters) & set(shared)
+        out[name] = put((name,), scatter(small[name], letters, shared, cfg.sizes())) if narrow else small[name]
     for run in cfg.runs:
         arrays: dict[str, list] = {}
         for layer in range(run.start, run.start + run.length):

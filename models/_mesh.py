@@ -54,7 +54,7 @@ def from_parts(x: jax.Array) -> jax.Array:
 def on_host(x: Any, i: int | None = None) -> np.ndarray:
     """`x`, or its part `x[i]`, as an array of the host, wherever it lies.
 
-    Where its parts lie on devices of several processes, all of them must ask for it, and no more than what is asked for travels.
+    Where its parts lie on devices of several processes, all of them must ask for it; what is not asked for does not travel.
     """
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         x = multihost_utils.process_allgather(x if i is None else x[i], tiled=True)

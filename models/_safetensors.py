@@ -138,8 +138,17 @@ def _take_apart(found: dict[str, _Place], cfg: LlamaConfig, config: dict[str, An
                 found[name(n, layer)] = place._replace(order=halves(place.shape[0], cfg.head_dim, cfg.rotary_dim))
 
 
-def write(folder: Path, tensors: list[Stored], name: Callable[[str, int | None], str], shard: int = SHARD) -> None:
+def write(
+    folder: Path | None, tensors: list[Stored], name: Callable[[str, int | None], str], *, together: bool, shard: int = SHARD
+) -> None:
     """Writes `model.safetensors`, or shards of at most `shard` bytes and their index; one shard at a time is copied.
+
+    Args:
+      folder: to write into; None computes all values, for which another process may wait, and writes nothing.
+      tensors: in order.
+      name: of a tensor.
+      together: other processes compute the values, too, so all are computed before an error is raised.
+      shard: bytes in a file.
 
     Raises:
       OSError: a file cannot be written.
@@ -153,16 +162,33 @@ def write(folder: Path, tensors: list[Stored], name: Callable[[str, int | None],
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard,
     )
+    failed: OSError | None = None
     for file, keys in split.filename_to_tensors.items():
-        arrays = {key: np.ascontiguousarray(named[key].values()) for key in keys}
+        arrays = {}
+        for key in keys:
+            values = named[key].values()
+            if folder is not None and failed is None:
+                arrays[key] = np.ascontiguousarray(values)
         try:
-            save_file(arrays, folder / file, metadata=dict(format="pt"))
-        except SafetensorError as e:
-            raise OSError(f"{folder / file}: cannot be written ({e})") from None
-        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read it
-    if split.is_sharded:
+            if folder is not None and arrays:
+                _save(folder, file, arrays)
+        except OSError as error:
+            failed = error
+        if failed is not None and not together:
+            break
+    if failed is not None:
+        raise failed
+    if folder is not None and split.is_sharded:
         index = dict(metadata=split.metadata, weight_map=split.tensor_to_filename)
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _save(folder: Path, file: str, arrays: dict[str, np.ndarray]) -> None:
+    try:
+        save_file(arrays, folder / file, metadata=dict(format="pt"))
+    except SafetensorError as e:
+        raise OSError(f"{folder / file}: cannot be written ({e})") from None
+    (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read it
 
 
 def _files(folder: Path) -> list[Path]:

@@ -100,6 +100,7 @@ def save(folder: str | Path, params: Params, cfg: LlamaConfig, tokenizer: Any = 
 
     Tensors of more than 1 GiB together are written as shards and their index. Memory holds copies of one shard at a time.
     Each tensor keeps its dtype, and `load` returns the same bits. Not atomic: a caller that needs it writes beside and renames.
+    Where the parameters lie on devices of several processes, all of them have to call it and the first one writes.
 
     Args:
       folder: made if it is not there.
@@ -112,12 +113,16 @@ def save(folder: str | Path, params: Params, cfg: LlamaConfig, tokenizer: Any = 
     """
     config = _hf.to_hf_config(cfg)
     tensors = _stored.tensors(params, cfg, config)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, together = Path(folder), not params["embed"].is_fully_addressable
+    writes = not together or jax.process_index() == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    _safetensors.write(folder if writes else None, tensors, _safetensors.tensor_names(config), together=together)
+    if not writes:
+        return
     name = params["embed"].dtype.name
     config |= dict(dtype=name, torch_dtype=name)  # transformers 5 and 4
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _safetensors.write(folder, tensors, _safetensors.tensor_names(config))
     if "auto_map" in config:
         (folder / f"{_hf.MODULE}.py").write_text(MODELING.read_text(encoding="utf-8"), encoding="utf-8")
     if tokenizer is not None:

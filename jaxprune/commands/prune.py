@@ -8,8 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from jaxprune import _profiles, data, folder, methods, models, pipeline, proof
-from jaxprune._files import atomic_folder
+from jaxprune import _hosts, _profiles, data, folder, methods, models, pipeline, proof
 from jaxprune._progress import progress
 from jaxprune._scores_file import write_scores
 from jaxprune.commands import _budget, _devices
@@ -82,6 +81,7 @@ class Prune:
     reconstruction: Reconstruction = Reconstruction()
     shape: Shape = Shape()
     devices: _devices.Devices = _devices.Devices()
+    hosts: _devices.Hosts = _devices.Hosts()
     output: Output = Output()
 
     def settings(self) -> pipeline.Settings:
@@ -122,11 +122,12 @@ def run(args: Prune) -> dict[str, Any]:
     reads_text = scores_text or target is not None
     if args.calibration.calibration_sha256 is not None and not reads_text:
         raise ValueError(f"calibration_sha256: given, but {'--plan' if args.plan else args.method} reads no text; leave it out")
-    with atomic_folder(args.out, overwrite=args.overwrite) as out:
+    with _hosts.output_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
             needs_tokenizer = reads_text and not data.is_token_file(args.calibration.calibration)
             model = _devices.load(args.devices, args.model, args.dtype, needs_tokenizer=needs_tokenizer)
-        plan = None if args.plan is None else folder.read_plan(args.plan)
+        with _hosts.alike():
+            plan = None if args.plan is None else folder.read_plan(args.plan)
         _profiles.check(model.cfg, settings, plan)
         tokens = fit_tokens = calibration = goal = None
         if _budget.asked(args.budget):
@@ -185,7 +186,9 @@ def run(args: Prune) -> dict[str, Any]:
         )
         with stage("saving", seconds):
             folder.save(out, folder.Model(pruned.params, pruned.cfg, model.tokenizer, str(args.out), record))
-            write_scores(out / "scores.npz", pruned.scores)
+            with _hosts.alike():
+                if _hosts.first():
+                    write_scores(out / "scores.npz", pruned.scores)
     return result | {"folder": str(args.out)}
 
 

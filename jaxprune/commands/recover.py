@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _beside, _progress, data, folder, recovery
-from jaxprune._files import atomic_folder
+from jaxprune import _beside, _hosts, _progress, data, folder, recovery
 from jaxprune.commands import _devices, _distillation
 from jaxprune.commands._common import ModelName, Output, check_tokens, flag, peak_memory, say, stage
 from jaxprune.commands._distillation import Distillation
@@ -65,6 +64,7 @@ class Recover:
     """Replace the output folder if it has content."""
     distillation: Distillation = Distillation()
     devices: _devices.Devices = _devices.Devices()
+    hosts: _devices.Hosts = _devices.Hosts()
     output: Output = Output()
 
 
@@ -73,11 +73,11 @@ def run(args: Recover) -> dict[str, Any]:
     _check(args)
     seconds: dict[str, float] = {}
     checkpoints = args.out.parent / f"{args.out.name}.training"
-    with atomic_folder(args.out, overwrite=args.overwrite) as out:
+    with _hosts.output_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
             model = _devices.load(args.devices, args.model, args.dtype)
             teacher = _distillation.load(args.distillation, args.dtype, args.devices)
-        with stage("reading training data", seconds):
+        with stage("reading training data", seconds), _hosts.alike():
             training = data.training_batches(
                 args.data, model.tokenizer, length=args.length, batch_size=args.batch_size, seed=args.seed
             )
@@ -88,7 +88,8 @@ def run(args: Recover) -> dict[str, Any]:
             update = _update(args, model, training, losses)
             record = None if model.record is None else model.record | {"updates": [*model.record.get("updates", ()), update]}
             folder.save(out, model._replace(params=_trained(args, model, adapter), record=record))
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if _hosts.first():
+        shutil.rmtree(checkpoints, ignore_errors=True)
     return {
         "steps": args.steps,
         "first loss": float(losses[0]),
@@ -122,7 +123,7 @@ def _checkpoints(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if not any(path.name.isdecimal() for path in folder.glob("*")):
+        if _hosts.first() and not any(path.name.isdecimal() for path in folder.glob("*")):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -200,7 +201,7 @@ def _update(args: Recover, model: folder.Model, training: data.TrainingData, los
     flags = {
         f.name: getattr(args, f.name)
         for f in dataclasses.fields(args)
-        if f.name not in ("output", "out", "resume", "overwrite", "distillation", "devices")
+        if f.name not in ("output", "out", "resume", "overwrite", "distillation", "devices", "hosts")
     }
     flags |= {name: value for name, value in dataclasses.asdict(args.distillation).items() if value is not None}
     paths = jax.tree_util.tree_flatten_with_path(model.params)[0]
