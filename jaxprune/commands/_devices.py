@@ -53,7 +53,8 @@ def prepared(devices: Devices | None, hosts: Hosts | None) -> Iterator[None]:
         if devices is None or devices.mesh is None:
             raise ValueError("distributed: given without a mesh; name one that has the devices of all processes, e.g. fsdp=8")
         sharding.sizes_of(devices.mesh)
-        _hosts.start(hosts.distributed)
+        if not jax.distributed.is_initialized():  # as in a program that joined the processes and runs several commands
+            _hosts.start(hosts.distributed)
         if (n := math.prod(devices.sizes.values())) != jax.device_count():
             raise ValueError(
                 f"mesh: {devices.mesh} given, which takes {n} devices; the {jax.process_count()} processes have "
