@@ -57,6 +57,11 @@ def first() -> bool:
     return not several() or jax.process_index() == 0
 
 
+def anywhere(flag: bool) -> bool:
+    """Whether it is so in any process; all have to ask."""
+    return flag if not several() else bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
 @contextlib.contextmanager
 def alike() -> Iterator[None]:
     """What one process refuses, all refuse at the end of the block, so that none waits for another that is gone.

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Union
 
 import tyro
 
-from jaxprune import _hosts
+from jaxprune import _hosts, _terminate
 from jaxprune._json import write_json
 from jaxprune._progress import table
 from jaxprune.commands import bench, evaluate, export, generate, inspect, prune, recover, search, size, sparsify, verify
 from jaxprune.commands import run as everything
-from jaxprune.commands._common import pairs
+from jaxprune.commands._common import pairs, say
 from jaxprune.commands._devices import prepared
 
 COMMANDS: dict[type, tuple[str, Callable[[Any], dict[str, Any]]]] = {
@@ -39,11 +39,15 @@ DESCRIPTION = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0; 1 where `verify` found a difference; 2 after a user's error or Ctrl-C, said in one line."""
+    """Runs a command and exits: 0; 1 where `verify` found a difference; 2 after a user's error or Ctrl-C, said in one line.
+
+    SIGTERM is as Ctrl-C, but the status is 0 where the command left something to go on from.
+    """
     args = _parse(argv)
     _, command = COMMANDS[type(args)]
     try:
-        with prepared(getattr(args, "devices", None), getattr(args, "hosts", None)):
+        # The handler comes after the processes have met, for JAX has one of its own.
+        with prepared(getattr(args, "devices", None), getattr(args, "hosts", None)), _terminate.as_interrupt():
             with _hosts.alike():
                 _check_place(args.output.json)
             result = command(args)
@@ -58,8 +62,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("JAXPRUNE_TRACEBACK"):
             raise
         _fail(str(error) or type(error).__name__)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut off the message
+        kept = args.kept() if hasattr(args, "kept") else None
+        if kept is not None and stopped.args == (signal.SIGTERM,):
+            say(f"jaxprune: stopped by SIGTERM; {kept}")
+            sys.exit(0)
         _fail("interrupted; outputs that were not complete are gone, checkpoints are kept")
     sys.exit(1 if result.get("exact") is False else 0)
 

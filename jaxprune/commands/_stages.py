@@ -38,6 +38,11 @@ def opened(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> Iterat
             shutil.rmtree(folder)
 
 
+def kept(folder: Path) -> str | None:
+    """How to go on with the run in a folder after an interruption, or None where there is none."""
+    return f"{folder} is kept; go on with the same command" if (folder / SETTINGS).is_file() else None
+
+
 def once(path: Path, what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of a stage: read from its file, or made and written there."""
     if path.is_file():

@@ -12,7 +12,7 @@ from jaxprune.commands import _bench_cell, evaluate
 from jaxprune.commands._bench_cell import Cell
 from jaxprune.commands._calibration import Calibration
 from jaxprune.commands._common import ModelName, Output, flag, say
-from jaxprune.commands._stages import once, opened
+from jaxprune.commands._stages import kept, once, opened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,10 @@ class Bench:
     calibration: Calibration = Calibration()
     measurement: Measurement = Measurement()
     output: Output = Output()
+
+    def kept(self) -> str | None:
+        """How to go on after an interruption, or None where nothing was kept."""
+        return kept(self.out)
 
     def cells(self) -> dict[str, Cell]:
         """Name -> what is measured; the dense model comes first."""

@@ -15,7 +15,7 @@ from jaxprune._scores_file import read_scores
 from jaxprune.commands import _budget, evaluate, prune, recover, verify
 from jaxprune.commands._calibration import Calibration, Reconstruction
 from jaxprune.commands._common import ModelName, Output, flag
-from jaxprune.commands._stages import once, opened
+from jaxprune.commands._stages import kept, once, opened
 from jaxprune.commands.generate import check_prompt, continuation
 from jaxprune.models import checkpoint
 from jaxprune.plan import Plan
@@ -81,6 +81,10 @@ class Run:
     recovery: Recovery = Recovery()
     evaluation: Evaluation = Evaluation()
     output: Output = Output()
+
+    def kept(self) -> str | None:
+        """How to go on after an interruption, or None where nothing was kept."""
+        return kept(self.out)
 
     def prune_flags(self) -> prune.Prune:
         """The flags of the pruning stage."""

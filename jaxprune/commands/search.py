@@ -11,7 +11,7 @@ from jaxprune._json import plain
 from jaxprune.commands import _budget
 from jaxprune.commands._calibration import Calibration, draw, up_to_a_row
 from jaxprune.commands._common import ModelName, Output, Profile, flag, layer_range, stage
-from jaxprune.commands._stages import opened
+from jaxprune.commands._stages import kept, opened
 from jaxprune.commands._strategies import STRATEGIES, Effort, Task
 from jaxprune.search import points, sizes
 from jaxprune.search.points import Point
@@ -62,6 +62,10 @@ class Search:
     effort: Effort = Effort()
     limits: Limits = Limits()
     output: Output = Output()
+
+    def kept(self) -> str | None:
+        """How to go on after an interruption, or None where nothing was kept."""
+        return kept(self.out)
 
     def settings(self) -> pipeline.Settings:
         """The flags as those of the method that the strategy starts from.
