@@ -47,7 +47,10 @@ class Shape:
     protect_last: Annotated[int, flag("N")] = 0
     """Leave the last N layers alone."""
     multiple_of: Annotated[int, flag("N")] = 8
-    """MLP widths are multiples of this, and of the mesh's tensor axis."""
+    """MLP widths are multiples of this, and of the mesh's tensor axis; of --units hidden, the width of the residual stream is,
+    and of the fsdp axis."""
+    kv_multiple_of: Annotated[int | None, flag("N", "the mesh's tensor axis, or 1")] = None
+    """Numbers of KV groups that change are multiples of this; with more than a layer has, it loses none."""
     min_kept: Annotated[float | None, flag("F", "the method's own")] = None
     """Every MLP keeps at least this fraction of its channels."""
     max_distinct: Annotated[int | None, flag("N", "no limit")] = None
@@ -90,7 +93,7 @@ class Prune:
         Raises:
           ValueError: they cannot be used.
         """
-        given = self.shape.units
+        given, sizes = self.shape.units, self.devices.sizes
         units = tuple(given.split(",")) if given is not None else methods.default_units(self.method)
         settings = pipeline.Settings(
             method=self.method,
@@ -103,7 +106,8 @@ class Prune:
             protect_first=self.shape.protect_first,
             protect_last=self.shape.protect_last,
             steps=self.scoring.steps,
-            multiple_of=math.lcm(self.shape.multiple_of, self.devices.sizes["tensor"]),
+            multiple_of=math.lcm(self.shape.multiple_of, sizes["fsdp" if units == ("hidden",) else "tensor"]),
+            kv_multiple_of=sizes["tensor"] if self.shape.kv_multiple_of is None else self.shape.kv_multiple_of,
             max_distinct=self.shape.max_distinct,
             profile=self.shape.profile,
             taylor=self.scoring.taylor,

@@ -101,8 +101,8 @@ def _counts(axis: str, n: int, layer: int, constraints: Constraints, levels: int
     if not may_go or axis not in constraints.units:
         return np.array([n])
     least = constraints.fewest(axis, n, layer)
-    multiple = constraints.multiple_of if axis == "f" else 1
-    step = 1 if axis == "k" else max(1, round(n / levels / multiple)) * multiple
+    multiple = constraints.step(axis)
+    step = multiple if axis == "k" else max(1, round(n / levels / multiple)) * multiple
     below = np.arange(n // multiple * multiple if n % multiple else n - step, least - 1, -step)
     return np.array([n, *below[below < n]])
 

@@ -1,12 +1,16 @@
 """`--mesh` on the command line: the same folders and numbers as on one device."""
 
 import json
+from pathlib import Path
 
 import chex
 import numpy as np
+import pytest
+
+from jaxprune.commands import _devices, prune
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 40
-FLAGS = ("--method", "taylor", "--ratio", 0.3, "--samples", 4, "--length", 16)
+FLAGS = ("--method", "taylor", "--ratio", 0.3, "--samples", 4, "--length", 16, "--kv-multiple-of", 2)
 
 
 def test_prune_recover_and_evaluate_on_a_mesh(jaxprune, dense, tmp_path):
@@ -26,6 +30,24 @@ def test_prune_recover_and_evaluate_on_a_mesh(jaxprune, dense, tmp_path):
     assert models_at["mesh"][1] == models_at["one"][1]
     chex.assert_trees_all_equal(models_at["mesh"][0], models_at["one"][0])  # cut from the same weights by the same plan
     np.testing.assert_allclose(numbers["mesh"]["perplexity"], numbers["one"]["perplexity"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "mesh", "found"),
+    [
+        ({}, "tensor=4", (8, 4)),
+        ({}, "fsdp=4,tensor=16", (16, 16)),
+        (dict(kv_multiple_of=1), "tensor=4", (8, 1)),
+        (dict(units="hidden"), "fsdp=16,tensor=32", (16, 32)),
+        ({}, None, (8, 1)),
+    ],
+)
+def test_widths_are_multiples_of_the_tensor_axis(flags, mesh, found):
+    method = dict(method="taylor") if "units" in flags else {}
+    args = prune.Prune(
+        model="model", out=Path("out"), shape=prune.Shape(**flags), devices=_devices.Devices(mesh=mesh), **method
+    )
+    assert (args.settings().multiple_of, args.settings().kv_multiple_of) == found
 
 
 def test_meshes_that_cannot_be_are_refused_before_anything_is_done(refused, dense, tmp_path):
