@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import _beside
 from jaxprune._losses import Progress
 from jaxprune._sparsity import METHODS, Matrix, Sparsity, achieved, chosen, read_block, write_block
 from jaxprune.models import LlamaConfig, Params, reads, rms_norm, sublayer
+from jaxprune.models._mesh import by_sequence
 from jaxprune.models.axes import MATRICES
 from jaxprune.recovery import sparse
 
@@ -79,7 +81,10 @@ def sparsify(
             found[f"layers.{layer}.{n}"] = seen[n]
         for at, x in enumerate(stream):
             stream[at] = np.asarray(_after(p | new, x, cfg))
-    changed = {run: params.get(run, {}) | jax.tree.map(jnp.asarray, arrays) for run, arrays in out.items() if arrays}
+    put = _beside.like(params, cfg)
+    changed = {
+        run: params.get(run, {}) | {n: put((run, n), x) for n, x in arrays.items()} for run, arrays in out.items() if arrays
+    }
     return params | changed, found
 
 
@@ -120,6 +125,7 @@ def _one(w: np.ndarray, gram: np.ndarray, system: sparse.System | None, asked: S
 @functools.partial(jax.jit, static_argnames=("name", "cfg"))
 def _gram(p, name, x, cfg):
     """Sum of z z^T over tokens of what the matrix `name` reads when `x` comes to its block, float32[in, in]."""
+    x = by_sequence(x)
     if name in ("gate", "down"):
         x = sublayer(p, "o", x, cfg)
     if name in ("o", "down"):
@@ -132,4 +138,5 @@ def _gram(p, name, x, cfg):
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _after(p, x, cfg):
+    x = by_sequence(x)
     return sublayer(p, "down", sublayer(p, "o", x, cfg), cfg)

@@ -32,6 +32,19 @@ class Devices:
         """
         return sharding.sizes_of(self.mesh or "data=1")
 
+    def multiples(self, units: tuple[str, ...], channels: int = 8, groups: int | None = None) -> dict[str, Any]:
+        """What pruned widths are multiples of, as `pipeline.Settings` has it, so that they divide by the mesh.
+
+        Args:
+          units: what is pruned.
+          channels: of MLPs, or of the residual stream, what the user asks for.
+          groups: of KV groups; None leaves it to the mesh.
+        """
+        axis = "fsdp" if units == ("hidden",) else "tensor"
+        return dict(
+            multiple_of=math.lcm(channels, self.sizes[axis]), kv_multiple_of=self.sizes["tensor"] if groups is None else groups
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hosts:

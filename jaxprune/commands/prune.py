@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -93,7 +92,7 @@ class Prune:
         Raises:
           ValueError: they cannot be used.
         """
-        given, sizes = self.shape.units, self.devices.sizes
+        given = self.shape.units
         units = tuple(given.split(",")) if given is not None else methods.default_units(self.method)
         settings = pipeline.Settings(
             method=self.method,
@@ -106,8 +105,7 @@ class Prune:
             protect_first=self.shape.protect_first,
             protect_last=self.shape.protect_last,
             steps=self.scoring.steps,
-            multiple_of=math.lcm(self.shape.multiple_of, sizes["fsdp" if units == ("hidden",) else "tensor"]),
-            kv_multiple_of=sizes["tensor"] if self.shape.kv_multiple_of is None else self.shape.kv_multiple_of,
+            **self.devices.multiples(units, self.shape.multiple_of, self.shape.kv_multiple_of),
             max_distinct=self.shape.max_distinct,
             profile=self.shape.profile,
             taylor=self.scoring.taylor,

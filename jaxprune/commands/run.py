@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from jaxprune import data, folder, methods, report
+from jaxprune import _hosts, data, folder, methods, report
 from jaxprune._decode import check_file
 from jaxprune._scores_file import read_scores
-from jaxprune.commands import _budget, evaluate, prune, recover, verify
+from jaxprune.commands import _budget, _devices, evaluate, prune, recover, verify
 from jaxprune.commands._calibration import Calibration, Reconstruction
 from jaxprune.commands._common import ModelName, Output, flag
 from jaxprune.commands._stages import kept, once, opened
@@ -80,6 +80,8 @@ class Run:
     shape: prune.Shape = prune.Shape()
     recovery: Recovery = Recovery()
     evaluation: Evaluation = Evaluation()
+    devices: _devices.Devices = _devices.Devices()
+    hosts: _devices.Hosts = _devices.Hosts()
     output: Output = Output()
 
     def kept(self) -> str | None:
@@ -91,7 +93,7 @@ class Run:
         return prune.Prune(
             model=self.model, out=self.out / "pruned", ratio=self.ratio, method=self.method, dtype=self.dtype, overwrite=True,
             budget=self.budget, calibration=self.calibration, scoring=self.scoring, reconstruction=self.reconstruction,
-            shape=self.shape,
+            shape=self.shape, devices=self.devices,
         )  # fmt: skip
 
     def recover_flags(self) -> recover.Recover:
@@ -100,7 +102,7 @@ class Run:
         return recover.Recover(
             model=str(self.out / "pruned"), data=r.data, out=self.out / "recovered", steps=r.recovery_steps, overwrite=True,
             resume=True, batch_size=r.batch_size, length=r.recovery_length, learning_rate=r.learning_rate,
-            seed=self.calibration.seed,
+            seed=self.calibration.seed, devices=self.devices,
         )  # fmt: skip
 
     def evaluate_flags(self, model: str) -> evaluate.Evaluate:
@@ -108,14 +110,16 @@ class Run:
         e = self.evaluation
         windows = tuple(dict.fromkeys((e.window, min(128, e.window))))
         return evaluate.Evaluate(
-            model=model, text=e.text, window=windows, max_tokens=e.max_tokens, choice=e.choice, limit=e.limit, dtype=self.dtype
-        )
+            model=model, text=e.text, window=windows, max_tokens=e.max_tokens, choice=e.choice, limit=e.limit, dtype=self.dtype,
+            devices=self.devices,
+        )  # fmt: skip
 
 
 def run(args: Run) -> dict[str, Any]:
     """Runs the stages that are not complete, then writes the report."""
-    _check(args)
-    settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")}
+    with _hosts.alike():
+        _check(args)
+    settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out", "hosts")}
     with opened(args.out, settings, overwrite=args.overwrite):
         return _stages(args)
 
@@ -140,7 +144,9 @@ def _stages(args: Run) -> dict[str, Any]:
         stages["recovered"] = str(args.out / "recovered")
     last = stages[next(reversed(stages))]
     done["verify"] = once(
-        args.out / "verify.json", "verification", lambda: verify.run(verify.Verify(dense=args.model, pruned=last))
+        args.out / "verify.json",
+        "verification",
+        lambda: verify.run(verify.Verify(dense=args.model, pruned=last, devices=args.devices)),
     )
     metrics, samples = {}, {}
     for name, model in stages.items():
@@ -148,12 +154,15 @@ def _stages(args: Run) -> dict[str, Any]:
         metrics[name] = once(args.out / f"evaluate-{name}.json", f"evaluation, {name}", measure)
         write = functools.partial(_sample, args, model)
         samples[name] = once(args.out / f"sample-{name}.json", f"sample, {name}", write)["text"]
-    page = _report(args, done, metrics, samples)
+    page = args.out / "report.html"
+    with _hosts.alike():
+        if _hosts.first():
+            _report(args, done, metrics, samples)
     return _rows(metrics) | {"exact": done["verify"]["exact"], "report": str(page)}
 
 
 def _sample(args: Run, model: str) -> dict[str, Any]:
-    return {"text": continuation(folder.load(model, args.dtype), args.evaluation.prompt, 48)}
+    return {"text": continuation(_devices.load(args.devices, model, args.dtype), args.evaluation.prompt, 48)}
 
 
 def _rows(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from jaxprune import data, folder, pipeline, sparsify
 from jaxprune._files import atomic_folder
 from jaxprune._json import plain
 from jaxprune._progress import progress
+from jaxprune.commands import _devices
 from jaxprune.commands._calibration import Calibration, described, draw, up_to_a_row
 from jaxprune.commands._common import ModelName, Output, flag, peak_memory, say, stage
 from jaxprune.commands._stages import kept, opened
@@ -64,6 +65,7 @@ class Sparsify:
     """Type of the weights. The fits are in float32 in any case."""
     overwrite: bool = False
     """Replace the output folder if it has content, and what an earlier run with other settings left behind."""
+    devices: _devices.Devices = _devices.Devices()
     output: Output = Output()
 
     @property
@@ -103,7 +105,9 @@ def run(args: Sparsify) -> dict[str, Any]:
     given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")})
     with atomic_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
-            model = folder.load(args.model, args.dtype, needs_tokenizer=not data.is_token_file(args.calibration))
+            model = _devices.load(
+                args.devices, args.model, args.dtype, needs_tokenizer=not data.is_token_file(args.calibration)
+            )
         names = sparsify.chosen(model.cfg, asked)
         with stage("reading calibration text", seconds):
             calibration = _calibration(args, model)
@@ -113,7 +117,7 @@ def run(args: Sparsify) -> dict[str, Any]:
                 params, found = sparsify.sparsify(
                     model.params,
                     model.cfg,
-                    pipeline.batches(calibration.tokens),
+                    pipeline.batches(calibration.tokens, model.params),
                     asked,
                     checkpoints=args.checkpoints,
                     progress=progress,
