@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from jaxprune._constraints import CHANNELS, Constraints
+from jaxprune._constraints import Constraints
 from jaxprune.models import Config, PerLayer
 
 T = TypeVar("T")
@@ -16,7 +16,7 @@ def blocks(
 ) -> list[tuple[int, str, int]]:
     """Layer, axis letter and number of units of each block that may go, the lowest mean score first.
 
-    A block is one KV group, or as many channels as lead to the next multiple; the units of a layer go in the order of their
+    A block is as many KV groups or channels as lead to the next multiple; the units of a layer go in the order of their
     scores, and what the layer has to keep is in no block.
 
     Args:
@@ -31,7 +31,7 @@ def blocks(
         for a, n in widths[i].items():
             if a not in units:
                 continue
-            s, step = np.sort(np.asarray(scores[i][a], np.float64)), constraints.multiple_of if a in CHANNELS else 1
+            s, step = np.sort(np.asarray(scores[i][a], np.float64)), constraints.step(a)
             start = 0
             for end in range(n - (n - 1) // step * step, n - constraints.fewest(a, n, i) + 1, step):
                 found.append((s[start:end].mean(), i, a, end - start))

@@ -17,6 +17,7 @@ class Constraints:
       layers: layers that may be pruned, half-open; None is all.
       units: axis letters that may be pruned.
       multiple_of: MLP widths, and inner widths of Mamba, that change are multiples of this.
+      kv_multiple_of: numbers of KV groups that change are multiples of this.
       min_kept: every MLP keeps at least this fraction of its channels.
       channels: what `min_kept` is a fraction of, channels per layer; None is what the layers have.
     """
@@ -24,14 +25,16 @@ class Constraints:
     layers: tuple[int, int] | None = None
     units: str = "kf"
     multiple_of: int = 1
+    kv_multiple_of: int = 1
     min_kept: float = 0.0
     channels: tuple[int, ...] | None = None
 
     def __post_init__(self):
         if not 0 <= self.min_kept < 1:
             raise ValueError(f"min_kept: {self.min_kept} given; allowed is 0 or more and less than 1")
-        if self.multiple_of < 1:
-            raise ValueError(f"multiple_of: {self.multiple_of} given; ask for at least 1")
+        for name in ("multiple_of", "kv_multiple_of"):
+            if (number := getattr(self, name)) < 1:
+                raise ValueError(f"{name}: {number} given; ask for at least 1")
         if not self.units or set(self.units) - set("kf") and self.units != "i":
             raise ValueError(f"units: {self.units!r} given; allowed are k (KV groups), f (MLP channels) or both; i (of Mamba)")
 
@@ -49,10 +52,18 @@ class Constraints:
             )
         return range(start, stop)
 
+    def step(self, axis: str) -> int:
+        """What widths on an axis are multiples of."""
+        return self.kv_multiple_of if axis == "k" else self.multiple_of
+
+    def groups(self, have: int, drop: int) -> int:
+        """KV groups that a layer keeps which could lose `drop` of them: a multiple, or all."""
+        return min(max(math.ceil((have - drop) / self.kv_multiple_of), 1) * self.kv_multiple_of, have)
+
     def fewest(self, axis: str, have: int, layer: int) -> int:
         """The least number of units that a layer with `have` of them keeps on an axis: a multiple, at least one."""
         if axis == "k":
-            return 1
+            return self.groups(have, have)
         step, whole = self.multiple_of, self.channels[layer] if self.channels else have
         return min(max(step, math.ceil(self.min_kept * whole / step) * step), have)
 

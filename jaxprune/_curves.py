@@ -59,7 +59,7 @@ def lagrangian(power: float = 1.0, attention: float = 1.0):
             for a, n in widths[i].items():
                 if a in constraints.units:
                     curve = np.concatenate([[0.0], np.sort(np.asarray(scores[i][a], np.float64))]) ** power
-                    step, most = constraints.multiple_of if a == "f" else 1, n - constraints.fewest(a, n, i)
+                    step, most = constraints.step(a), n - constraints.fewest(a, n, i)
                     counts = np.concatenate([[0], np.arange(most % step or step, most + 1, step)]) if most else np.zeros(1, int)
                     losses = curve[counts] * (attention if a == "k" else 1.0)
                     items.append(_Item(i, a, counts, losses, counts * float(costs[i][a])))

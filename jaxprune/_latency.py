@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxprune.models import Config, Params, decode
+from jaxprune.models._mesh import on_host
 
 
 def latency(params: Params, cfg: Config, *, prompt: int = 128, new: int = 32, repeats: int = 5) -> dict[str, float | int]:
@@ -34,12 +35,12 @@ def latency(params: Params, cfg: Config, *, prompt: int = 128, new: int = 32, re
         cache = jax.block_until_ready(decode.init_cache(cfg, 1, prompt + new, params["embed"].dtype))
         begin = time.perf_counter()
         logits, cache = decode.prefill(params, tokens, cfg, cache)
-        token = np.asarray(logits.argmax(-1), np.int32)
+        token = on_host(logits.argmax(-1)).astype(np.int32)
         times = [time.perf_counter() - begin]
         for i in range(new):
             begin = time.perf_counter()
             logits, cache = decode.step(params, token, prompt + i, cfg, cache)
-            token = np.asarray(logits.argmax(-1), np.int32)
+            token = on_host(logits.argmax(-1)).astype(np.int32)
             times.append(time.perf_counter() - begin)
         if repeat:
             reading.append(times[0])

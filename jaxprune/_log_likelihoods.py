@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune._losses import BATCH_TOKENS, Progress
 from jaxprune.models import LlamaConfig, Params, head, hidden
+from jaxprune.models._mesh import on_host
 
 CHUNK = 256  # tokens whose logits are in memory at a time
 
@@ -56,7 +57,7 @@ def log_likelihoods(
         rows = np.zeros((size, length + 1), np.int32)
         for row, i in zip(rows, where, strict=False):
             row[: len(texts[i])] = texts[i]
-        found, best = (np.asarray(x) for x in _of_tokens(params, rows, cfg))
+        found, best = (on_host(x) for x in _of_tokens(params, rows, cfg))
         for i, mine, hits in zip(where, found, best, strict=False):
             last, n = len(texts[i]) - 1, len(pairs[i][1])
             yield i, float(mine[last - n : last].sum(dtype=np.float64)), bool(hits[last - n : last].all())

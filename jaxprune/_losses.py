@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune._beside import shares, spread
 from jaxprune.models import Config, Params, hidden, token_losses
+from jaxprune.models._mesh import on_host
 
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
 BATCH_TOKENS = 4096  # tokens that go through the model at a time
@@ -42,4 +43,4 @@ def losses(
     batches = [rows[i : i + size] for i in range(0, n, size)]
     for real in batches if progress is None else progress(batches, what):
         full = np.concatenate([real, np.zeros((size - len(real), t), real.dtype)])
-        yield from np.asarray(token_losses_of(params, spread(params, full), cfg))[: len(real)]
+        yield from on_host(token_losses_of(params, spread(params, full), cfg))[: len(real)]

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import tqdm
 
+from jaxprune import _hosts
+
 T = TypeVar("T")
 
 
@@ -23,7 +25,7 @@ def progress(
     """Passes the items on and shows how many there were, their rate and the time that is left.
 
     On a terminal it is one bar that moves. Elsewhere (a log file, CI) it is a line at most every `interval` seconds, and one at
-    the end.
+    the end. Of several processes the first one shows it.
 
     Args:
       iterable: the items.
@@ -33,6 +35,9 @@ def progress(
       file: text stream to write to; None is stderr.
       interval: seconds between lines, off the terminal.
     """
+    if not _hosts.first():
+        yield from iterable
+        return
     file = sys.stderr if file is None else file
     total = len(iterable) if total is None and isinstance(iterable, Sized) else total
     if file.isatty():
@@ -87,6 +92,9 @@ def meter(description: str, total: int, unit: str, *, interval: float = 15.0) ->
       unit: what one is.
       interval: seconds between lines, off the terminal.
     """
+    if not _hosts.first():
+        yield lambda done, state: None
+        return
     if sys.stderr.isatty():
         with tqdm.tqdm(total=total, desc=description, unit=f" {unit}", dynamic_ncols=True) as bar:
 

@@ -143,10 +143,11 @@ def gamma(factor: float = 3.36) -> Callable[..., Widths]:
         if set("kf") <= set(constraints.units):
             fraction = budget / (held["k"] + factor * held["f"])
             groups = [(float(x), i) for i in constraints.chosen(cfg) for x in np.asarray(scores[i].get("k", ()))]
-            for _, i in sorted(groups)[: int(fraction * len(groups) + 1e-9)]:
-                if widths[i]["k"] > 1:
-                    widths[i]["k"] -= 1
-                    left -= costs[i]["k"]
+            lost = [i for _, i in sorted(groups)[: int(fraction * len(groups) + 1e-9)]]
+            for i in set(lost):
+                kept = constraints.groups(n := widths[i]["k"], lost.count(i))
+                widths[i]["k"] = kept
+                left -= costs[i]["k"] * (n - kept)
         axis = "f" if "f" in constraints.units else "k"
         lowest = blocks(scores, widths, cfg, constraints, axis)
         for i, a, n in spend(left, ((costs[i][a] * n, (i, a, n)) for i, a, n in lowest)):
@@ -196,7 +197,7 @@ def depth(schedule: str = "linear", slope: float = 0.5) -> Callable[..., Widths]
                 left = fraction * sum(costs[i][a] * n for a, n in layer.items())
                 if n := layer.get("k"):
                     drop = int(fraction * n + 1e-9) if "f" in layer else round(fraction * n)
-                    widths[i]["k"] = n - min(drop, n - 1)
+                    widths[i]["k"] = constraints.groups(n, drop)
                     left -= costs[i]["k"] * (n - widths[i]["k"])
                 for a in layer.keys() & set(CHANNELS):
                     n, step = layer[a], constraints.multiple_of

@@ -27,6 +27,7 @@ class Settings:
       protect_first, protect_last: layers at the ends that are left alone.
       steps: times that the model is scored and cut, towards the ratio in equal steps.
       multiple_of: MLP widths that change are multiples of this.
+      kv_multiple_of: numbers of KV groups that change are multiples of this.
       min_kept: every MLP keeps at least this fraction of its channels, or None for the method's own, which gives way to
         budgets that leave it no room.
       max_distinct: at most this many different layer shapes, or None.
@@ -46,6 +47,7 @@ class Settings:
     protect_last: int = 0
     steps: int = 1
     multiple_of: int = 8
+    kv_multiple_of: int = 1
     min_kept: float | None = None
     max_distinct: int | None = None
     profile: str | None = None
@@ -65,7 +67,9 @@ class Settings:
             raise ValueError(
                 f"reconstruct: {self.target} given; there is none for the residual stream's channels; set it to none"
             )
-        allocate.Constraints(multiple_of=self.multiple_of, min_kept=self.min_kept or 0.0)  # refuses what makes no sense
+        allocate.Constraints(  # refuses what makes no sense
+            multiple_of=self.multiple_of, kv_multiple_of=self.kv_multiple_of, min_kept=self.min_kept or 0.0
+        )
         for name in ("steps", "max_distinct"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}: {number} given; ask for at least 1")
@@ -141,6 +145,7 @@ class Settings:
             layers=(start, stop),
             units=letters if set(letters) <= set("kfi") else "kf",
             multiple_of=self.multiple_of,
+            kv_multiple_of=self.kv_multiple_of,
             min_kept=self.min_kept or 0.0,
             channels=tuple(sum(n for a, n in layer.items() if a in CHANNELS) for layer in unit_counts(cfg)),
         )

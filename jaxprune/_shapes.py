@@ -65,7 +65,7 @@ def _nearest(groups: dict[tuple, list[int]], cost: dict[str, int]) -> tuple | No
 
 
 def _round(x: float, axis: str, full: int, constraints: Constraints, layers: list[int]) -> int:
-    step = constraints.multiple_of if axis == "f" else 1
+    step = constraints.step(axis)
     return min(max(round(x / step) * step, _fewest(axis, full, constraints, layers)), full)
 
 

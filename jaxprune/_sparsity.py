@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxprune._files import atomic_file
 from jaxprune.models import Config, Params
+from jaxprune.models._mesh import on_host
 from jaxprune.models.axes import INPUT
 from jaxprune.recovery import sparse
 
@@ -133,7 +134,7 @@ def achieved(params: Params, cfg: Config, names: Sequence[str], pattern: sparse.
         run, i = where.get(layer, ("", 0))
         if matrix not in params.get(run, {}):
             raise ValueError(f"{name}: recorded as sparse, but the model has no such matrix")
-        w = np.asarray(params[run][matrix])[i]
+        w = on_host(params[run][matrix], i)
         w = w.reshape(int(np.prod(w.shape[: len(INPUT[matrix])])), -1).T
         out[name] = float((w == 0).mean()), sparse.violations(w, pattern)
     return out

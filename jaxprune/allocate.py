@@ -55,7 +55,7 @@ def local(scores: PerLayer, cfg: Config, budget: int, constraints: Constraints) 
             if n := widths[i].get("k"):
                 # a KV group is too large a step to round up; alone it has to meet the budget as well as it can
                 drop = int(fraction * n + 1e-9) if "f" in constraints.units else round(fraction * n)
-                widths[i]["k"] = n - min(drop, n - 1)
+                widths[i]["k"] = constraints.groups(n, drop)
                 left -= costs[i]["k"] * (n - widths[i]["k"])
     for a in set(constraints.units) & set(CHANNELS):
         fraction = left / held[a]
@@ -71,7 +71,7 @@ def global_(scores: PerLayer, cfg: Config, budget: int, constraints: Constraints
     """Removes the units with the lowest scores wherever they are, until the budget is met.
 
     MLP channels of a layer go in blocks of `multiple_of`, scored by their mean. A unit that would overshoot by more than it
-    helps is skipped. Every layer keeps at least one KV group and one block of channels.
+    helps is skipped. Every layer keeps at least one KV group (or `kv_multiple_of`) and one block of channels.
 
     Args:
       scores: per layer, axis letter -> float32[units], on one scale.

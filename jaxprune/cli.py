@@ -9,12 +9,13 @@ from typing import Annotated, Any, Union
 
 import tyro
 
+from jaxprune import _hosts, _terminate
 from jaxprune._json import write_json
 from jaxprune._progress import table
 from jaxprune.commands import bench, evaluate, export, generate, inspect, prune, recover, search, size, sparsify, verify
 from jaxprune.commands import run as everything
-from jaxprune.commands._common import pairs
-from jaxprune.commands._devices import set_mesh
+from jaxprune.commands._common import pairs, say
+from jaxprune.commands._devices import prepared
 
 COMMANDS: dict[type, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     everything.Run: ("run", everything.run),
@@ -38,16 +39,22 @@ DESCRIPTION = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs a command and exits: 0; 1 where `verify` found a difference; 2 after a user's error or Ctrl-C, said in one line."""
+    """Runs a command and exits: 0; 1 where `verify` found a difference; 2 after a user's error or Ctrl-C, said in one line.
+
+    SIGTERM is as Ctrl-C, but the status is 0 where the command left something to go on from.
+    """
     args = _parse(argv)
     _, command = COMMANDS[type(args)]
     try:
-        _check_place(args.output.json)
-        with set_mesh(getattr(args, "devices", None)):
+        # The handler comes after the processes have met, for JAX has one of its own.
+        with prepared(getattr(args, "devices", None), getattr(args, "hosts", None)), _terminate.as_interrupt():
+            with _hosts.alike():
+                _check_place(args.output.json)
             result = command(args)
-        _show(result)
-        if args.output.json is not None:
-            write_json(args.output.json, result)
+        if _hosts.first():
+            _show(result)
+            if args.output.json is not None:
+                write_json(args.output.json, result)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
@@ -55,8 +62,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if os.environ.get("JAXPRUNE_TRACEBACK"):
             raise
         _fail(str(error) or type(error).__name__)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut off the message
+        kept = args.kept() if hasattr(args, "kept") else None
+        if kept is not None and stopped.args == (signal.SIGTERM,):
+            say(f"jaxprune: stopped by SIGTERM; {kept}")
+            sys.exit(0)
         _fail("interrupted; outputs that were not complete are gone, checkpoints are kept")
     sys.exit(1 if result.get("exact") is False else 0)
 
@@ -73,7 +84,7 @@ def _parse(argv: Sequence[str] | None) -> Any:
 
 
 def _check_place(path: Path | None) -> None:
-    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+    if path is not None and _hosts.first() and (path.is_dir() or not path.parent.is_dir()):
         raise FileNotFoundError(f"json: {path} given; name a file in a folder that is there")
 
 
@@ -85,5 +96,6 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _fail(message: str) -> None:
-    print(f"jaxprune: error: {' '.join(message.split())}", file=sys.stderr)
+    if _hosts.first():
+        print(f"jaxprune: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)

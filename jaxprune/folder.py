@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxprune import sharding, surgery
+from jaxprune import _hosts, sharding, surgery
 from jaxprune._decode import check_file
 from jaxprune._json import write_json
 from jaxprune.models import Config, Params
@@ -124,9 +124,10 @@ def _check_record(path: Path, record: dict[str, Any]) -> None:
 
 def save(folder: Path, model: Model) -> None:
     """Writes the model, its tokenizer and its record into a folder; see `_files.atomic_folder` for doing so atomically."""
-    checkpoints.save(folder, model.params, model.cfg, model.tokenizer)
-    if model.record is not None:
-        write_json(folder / RECORD, model.record)
+    with _hosts.alike():
+        checkpoints.save(folder, model.params, model.cfg, model.tokenizer)
+        if model.record is not None and _hosts.first():
+            write_json(folder / RECORD, model.record)
 
 
 def plan_from(record: dict[str, Any], cfg: Config, small_cfg: Config) -> Plan:

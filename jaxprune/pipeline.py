@@ -140,7 +140,7 @@ class Aim(NamedTuple):
             return _narrow.shape(curves, cfg, self.budget, s, self.dense), None
         fill = None
         if s.max_distinct is None and set(s.units) <= {"kv", "mlp"}:
-            fill = ("f", s.multiple_of) if "mlp" in s.units else ("k", 1)
+            fill = ("f", s.multiple_of) if "mlp" in s.units else ("k", s.kv_multiple_of)
         met = budgets.meet(_narrow.at_ratio(curves, cfg, s), self.goal, only_llama(cfg, "target"), fill=fill, say=self.say)
         return met.cfg, met
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.models import Config, LlamaConfig, Params, apply
+from jaxprune.models._mesh import on_host
 from jaxprune.plan import Plan
 from jaxprune.surgery import gates_of, pruned_config, take, widen
 
@@ -129,7 +130,7 @@ def _differences(params, cfg, small, small_cfg, plan: Plan):
     """Yields tensor names with the largest difference from the kept slice of the dense model; 0 means equal bits."""
     shared = {"d": plan.keep[0]["d"]} if "d" in plan.keep[0] else {}
     for name, letters in small_cfg.top_arrays().items():
-        yield name, _difference(take(params[name], letters, shared), np.asarray(small[name]))
+        yield name, _difference(take(params[name], letters, shared), on_host(small[name]))
     where = {run.start + i: (run.name, i) for run in cfg.runs for i in range(run.length)}
     for run in small_cfg.runs:
         for array, letters in small_cfg.layer_arrays(run.dims).items():
@@ -137,8 +138,8 @@ def _differences(params, cfg, small, small_cfg, plan: Plan):
                 layer = run.start + i
                 name, j = where[layer]
                 dense = params[name].get(array)
-                got = np.asarray(small[run.name][array])[i]
-                dense = np.zeros_like(got) if dense is None else take(np.asarray(dense)[j], letters, plan.keep[layer])
+                got = on_host(small[run.name][array], i)
+                dense = np.zeros_like(got) if dense is None else take(on_host(dense, j), letters, plan.keep[layer])
                 yield f"layers.{layer}.{array}", _difference(dense, got)
 
 

@@ -139,7 +139,7 @@ def replicated(cfg: LlamaConfig, sizes: Mapping[str, int]) -> tuple[str, ...]:
 
 
 def place(cfg: LlamaConfig, mesh: Mesh, *, strict: bool = False) -> Place:
-    """What `models.load(..., place=)` puts finished arrays on their devices with: each device gets its part alone.
+    """What `models.load(..., place=)` puts arrays on their devices with: each part is read for the devices that hold it alone.
 
     Args:
       cfg: the model.
@@ -156,7 +156,7 @@ def place(cfg: LlamaConfig, mesh: Mesh, *, strict: bool = False) -> Place:
     """
     where = shardings(cfg, mesh, strict=strict)
 
-    def put(path: tuple[str, ...], x: np.ndarray) -> jax.Array:
+    def put(path: tuple[str, ...], x: Any) -> jax.Array:
         sharding = where
         for key in path:
             sharding = sharding[key]
@@ -165,6 +165,13 @@ def place(cfg: LlamaConfig, mesh: Mesh, *, strict: bool = False) -> Place:
     return put
 
 
-def on_mesh(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array of the host on a mesh, each process giving the parts of its own devices."""
-    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+def on_mesh(x: Any, sharding: NamedSharding) -> jax.Array:
+    """An array of the host, or of a file, on a mesh: each process takes the parts of its own devices, each part once."""
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        if (key := str(index)) not in parts:
+            parts[key] = x[index]
+        return parts[key]
+
+    return jax.make_array_from_callback(x.shape, sharding, part)

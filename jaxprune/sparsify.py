@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import _beside
 from jaxprune._losses import Progress
 from jaxprune._sparse_blocks import blocks_of
 from jaxprune._sparsity import METHODS, Matrix, Sparsity, achieved, chosen, read_block, write_block
 from jaxprune.models import Config, Params
+from jaxprune.models._mesh import by_sequence
 from jaxprune.recovery import sparse
 
 __all__ = ["METHODS", "Matrix", "Sparsity", "achieved", "chosen", "sparsify"]
@@ -79,7 +81,10 @@ def sparsify(
             found[f"layers.{layer}.{n}"] = seen[n]
         for at, x in enumerate(stream):
             stream[at] = np.asarray(_after(p | new, x, cfg))
-    changed = {run: params.get(run, {}) | jax.tree.map(jnp.asarray, arrays) for run, arrays in out.items() if arrays}
+    put = _beside.like(params, cfg)
+    changed = {
+        run: params.get(run, {}) | {n: put((run, n), x) for n, x in arrays.items()} for run, arrays in out.items() if arrays
+    }
     return params | changed, found
 
 
@@ -120,10 +125,10 @@ def _one(w: np.ndarray, gram: np.ndarray, system: sparse.System | None, asked: S
 @functools.partial(jax.jit, static_argnames=("name", "cfg"))
 def _gram(p, name, x, cfg):
     """Sum of z z^T over tokens of what the matrix `name` reads when `x` comes to its block, float32[in, in]."""
-    rows = blocks_of(cfg).reads(p, name, x, cfg).reshape(x.shape[0] * x.shape[1], -1).astype(jnp.float32)
+    rows = blocks_of(cfg).reads(p, name, by_sequence(x), cfg).reshape(x.shape[0] * x.shape[1], -1).astype(jnp.float32)
     return jnp.matmul(rows.T, rows, precision="highest")
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _after(p, x, cfg):
-    return blocks_of(cfg).after(p, x, cfg)
+    return blocks_of(cfg).after(p, by_sequence(x), cfg)

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune import _beside
 from jaxprune.models import Config, MambaConfig, Params, Probes, axes, probes, unit_counts
+from jaxprune.models._mesh import on_host
 from jaxprune.plan import Plan
 
 
@@ -33,7 +34,7 @@ def pruned_config(cfg: Config, plan: Plan) -> Any:
 
 def take(x: np.ndarray | jax.Array, letters: str, keep: dict) -> np.ndarray:
     """The kept positions of one array whose axes are `letters`, on the host; axes that `keep` does not name stay whole."""
-    x = np.asarray(x)
+    x = on_host(x)
     for i, axis in enumerate(letters):
         if axis in keep:
             x = np.take(x, np.asarray(keep[axis], np.int64), axis=i)
@@ -86,7 +87,7 @@ def cut(params: Params, cfg: Config, plan: Plan) -> tuple[Params, Any]:
             wide = np.empty([run.length, *(small.sizes(run.dims)[a] for a in letters)], dtype)
             for j, i in enumerate(layers):
                 source, at = where[i]
-                wide[j] = take(np.asarray(params[source.name][array])[at], letters, keep[i])
+                wide[j] = take(on_host(params[source.name][array], at), letters, keep[i])
             arrays[array] = put((run.name, array), wide)
         if arrays:
             out[run.name] = arrays
@@ -132,22 +133,24 @@ def widen(small: Params, cfg: Config, plan: Plan) -> Params:
     def scatter(x, letters: str, keep: dict, size: dict[str, int]) -> np.ndarray:
         wide = np.zeros([size[a] for a in letters], small["embed"].dtype if x is None else x.dtype)
         if x is not None:
+            x = on_host(x)
             index = (np.asarray(keep[a], np.int64) if a in keep else np.arange(size[a]) for a in letters)
             wide[np.ix_(*index)] = x
         return wide
 
     shared = {"d": plan.keep[0]["d"]} if "d" in plan.keep[0] else {}
     put = _beside.like(small, cfg)
-    out: Params = {
-        name: put((name,), scatter(small[name], letters, shared, cfg.sizes())) for name, letters in cfg.top_arrays().items()
-    }
+    out: Params = {}
+    for name, letters in cfg.top_arrays().items():
+        narrow = set(letters) & set(shared)
+        out[name] = put((name,), scatter(small[name], letters, shared, cfg.sizes())) if narrow else small[name]
     for run in cfg.runs:
         arrays: dict[str, list] = {}
         for layer in range(run.start, run.start + run.length):
             name, i = where[layer]
             for array, letters in cfg.layer_arrays(run.dims).items():
                 kept = small.get(name, {}).get(array)
-                kept = None if kept is None else np.asarray(kept)[i]
+                kept = None if kept is None else on_host(kept, i)
                 arrays.setdefault(array, []).append(scatter(kept, letters, plan.keep[layer], cfg.sizes(run.dims)))
         if arrays:
             out[run.name] = {array: put((run.name, array), np.stack(slices)) for array, slices in arrays.items()}

@@ -10,7 +10,7 @@ import numpy as np
 from jaxprune.models import _gguf_blocks
 from jaxprune.models._gguf_blocks import CONFIG_KEY, Block
 from jaxprune.models._gguf_config import FREQUENCIES, LAYER, PERMUTED, TOP, declared, shape_of
-from jaxprune.models._layout import ROTATED, Rows, Source, halves
+from jaxprune.models._layout import ROTATED, WHOLE, Rows, Source, halves
 from jaxprune.models.config import LlamaConfig
 
 ARCHITECTURES = ("llama", "deci", "qwen2", "qwen3")
@@ -67,20 +67,21 @@ def open_file(path: Path) -> Source:
     architecture = header.metadata["general.architecture"]
     permuted = tuple(LAYER[n] for n in ROTATED) if architecture in PERMUTED else ()
 
-    def read(name: str) -> Iterator[tuple[Rows, np.ndarray]]:
+    def read(name: str, wanted: slice = WHOLE, columns: slice = WHOLE) -> Iterator[tuple[Rows, np.ndarray]]:
         tensor, kind = tensors[name], tensors[name].tensor_type
         # Mapped anew, tensor by tensor: what is read through the map of the whole file would count as memory until the end.
         data = np.memmap(path, tensor.data.dtype, "r", tensor.data_offset, tensor.data.shape)
         rows = len(data)
         step = max(1, PART // max(1, tensor.n_elements // rows)) if data.ndim > 1 else rows
         order = halves(shape_of(tensor)[0], cfg.head_dim, cfg.head_dim) if name.endswith(permuted) else None
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
+        first, last, _ = wanted.indices(rows)
+        for start in range(first, last, step):
+            part = slice(start, min(start + step, last))
             try:
                 values = quants.dequantize(data[part], kind)
             except NotImplementedError:
                 raise ValueError(f"{path}: tensor {name} has type {kind.name}, which cannot be dequantised") from None
-            yield part if order is None else order[part], values
+            yield part if order is None else order[part], values[:, columns] if values.ndim > 1 else values
 
     added = _added(path, cfg, blocks, read)
     return Source(

@@ -1,5 +1,6 @@
 """Between the arrays of a model and the tensors of a file: every file stores matrices as [out, in] and vectors flat."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -12,9 +13,10 @@ from jaxprune.models.params import shapes
 from jaxprune.models.types import Config, Params
 
 A = TypeVar("A", np.ndarray, jax.Array)
-Place = Callable[[tuple[str, ...], np.ndarray], jax.Array]
+Place = Callable[[tuple[str, ...], Any], jax.Array]  # (path, an array or `Unread`)
 Rows = slice | np.ndarray
 BLOCK = 64
+WHOLE = slice(None)
 ROTATED = ("q", "k", "q_bias", "k_bias")  # the arrays whose rows are dimensions of heads that rotate
 
 
@@ -27,7 +29,8 @@ class Source(NamedTuple):
       dtype: the narrowest type that holds every tensor.
       shapes: tensor name -> shape, row-major.
       name: (array name, layer number or None) -> tensor name.
-      read: tensor name -> its parts, as (rows of the tensor as Hugging Face orders them, their values).
+      read: (tensor name, rows, columns) -> that much of it, as (rows of the tensor as Hugging Face orders them, their values);
+        rows are those of whole heads.
       spare: may a tensor that the model has no place for be ignored?
     """
 
@@ -36,7 +39,7 @@ class Source(NamedTuple):
     dtype: np.dtype
     shapes: dict[str, tuple[int, ...]]
     name: Callable[[str, int | None], str]
-    read: Callable[[str], Iterator[tuple[Rows, np.ndarray]]]
+    read: Callable[[str, slice, slice], Iterator[tuple[Rows, np.ndarray]]]
     spare: Callable[[str], bool]
 
 
@@ -131,19 +134,69 @@ def _copy(view: np.ndarray, rows: Rows, values: np.ndarray) -> None:
         view[rows[i : i + BLOCK] if isinstance(rows, np.ndarray) else slice(start, start + len(block))] = block
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Unread:
+    """An array of a model in its file: `x[slices]`, a slice an axis, reads that part; `np.asarray(x)` reads it whole.
+
+    Attributes:
+      source: the checkpoint.
+      name: of the array.
+      layers: that it stacks; [None] at the top.
+      shape, dtype: of the array.
+    """
+
+    source: Source
+    name: str
+    layers: list[int | None]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        stacked = self.layers != [None]
+        read = [s if i < stacked or i - stacked in _leading(self.name) else WHOLE for i, s in enumerate(index)]
+        spans = [range(n)[s] for s, n in zip(read, self.shape, strict=True)]
+        out = aligned(tuple(map(len, spans)), self.dtype)
+        for i, layer in enumerate(self.layers[index[0]] if stacked else self.layers):
+            self._fill(out[i] if stacked else out, layer, spans[stacked:], self.shape[stacked:])
+        rest = tuple(WHOLE if r is s else s for r, s in zip(read, index, strict=True))
+        return out if rest == (WHOLE,) * len(rest) else out[rest]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[(WHOLE,) * len(self.shape)].astype(self.dtype if dtype is None else dtype, copy=False)
+
+    def _fill(self, out: np.ndarray, layer: int | None, spans: list[range], shape: tuple[int, ...]) -> None:
+        """Reads what `spans` say of a layer's axes."""
+        at = [slice(spans[i].start * n, spans[i].stop * n) for i in _leading(self.name) for n in [_inner(self.name, i, shape)]]
+        rows, columns = (at[1], at[0]) if len(at) == 2 and self.name != "embed" else (at + [WHOLE])[:2]
+        view, tensor = file_view(self.name, out), self.source.name(self.name, layer)
+        for where, values in self.source.read(tensor, rows, columns):
+            here = where - rows.start if isinstance(where, np.ndarray) else slice(where.start - rows.start, None)
+            _copy(view, here, finite(self.source.where, tensor, values, self.dtype))
+
+
+def _leading(name: str) -> tuple[int, ...]:
+    """Of the axes that a file makes one, the first: a part along it is a part of the file's axis in one piece."""
+    if name == "embed":
+        return 0, 1
+    if name not in ("head", *axes.MATRICES, *axes.SHORTCUTS):
+        return (0,)
+    return 0, len(axes.INPUT.get(name, "d"))
+
+
+def _inner(name: str, axis: int, shape: tuple[int, ...]) -> int:
+    """Numbers along a file's axis for each position of the leading axis in it."""
+    after = [i for i in _leading(name) if i > axis]
+    return math.prod(shape[axis + 1 : after[0] if after else None])
+
+
 def assemble(source: Source, dtype: Any, place: Place) -> Params:
     """The parameters, stacked run by run; at any time at most one array exists twice, and only if `place` copies it."""
     check_names(source)
     dtype = np.dtype(source.dtype if dtype is None else dtype)
     params: Params = {}
     for path, name, layers, shape in parts(source.cfg):
-        out = aligned(shape, dtype)
-        for i, layer in enumerate(layers):
-            view, tensor = file_view(name, out if layer is None else out[i]), source.name(name, layer)
-            for rows, values in source.read(tensor):
-                _copy(view, rows, finite(source.where, tensor, values, dtype))
         branch = params
         for key in path[:-1]:
             branch = branch.setdefault(key, {})
-        branch[name] = place(path, out)
+        branch[name] = place(path, Unread(source=source, name=name, layers=layers, shape=shape, dtype=dtype))
     return params

@@ -1,8 +1,11 @@
 """Where activations lie: sequences over the axes `data` and `fsdp` of the mesh that is set with `jax.set_mesh`."""
 
 import math
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, PartitionSpec
 
 SEQUENCES = ("data", "fsdp")
@@ -46,3 +49,14 @@ def in_parts(x: jax.Array, size: int) -> jax.Array:
 def from_parts(x: jax.Array) -> jax.Array:
     """The inverse of `in_parts`."""
     return by_sequence(x.swapaxes(0, 1).reshape(-1, *x.shape[2:]))
+
+
+def on_host(x: Any, i: int | None = None) -> np.ndarray:
+    """`x`, or its part `x[i]`, as an array of the host, wherever it lies.
+
+    Where its parts lie on devices of several processes, all of them must ask for it; what is not asked for does not travel.
+    """
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        x = multihost_utils.process_allgather(x if i is None else x[i], tiled=True)
+        return np.asarray(x)
+    return np.asarray(x) if i is None else np.asarray(x)[i]

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxprune.models import _hf, _hf_mamba, axes
-from jaxprune.models._layout import ROTATED, Rows, Source, file_shape, halves
+from jaxprune.models._layout import ROTATED, WHOLE, Rows, Source, file_shape, halves
 from jaxprune.models._stored import Stored
 from jaxprune.models.mamba_config import MambaConfig
 from jaxprune.models.types import Config
@@ -88,14 +88,16 @@ def open_folder(folder: Path) -> Source:
         raise ValueError(f"{folder}: the checkpoint holds no tensors")
     _take_apart(found, cfg, config, str(folder))
 
-    def read(name: str) -> Iterator[tuple[Rows, np.ndarray]]:
+    def read(name: str, rows: slice = WHOLE, columns: slice = WHOLE) -> Iterator[tuple[Rows, np.ndarray]]:
         place = found[name]
-        rows, step = place.shape[0], max(1, PART // max(1, math.prod(place.shape[1:])))
+        first, last, _ = rows.indices(place.shape[0])
+        across = (slice(*columns.indices(place.shape[1])),) if len(place.shape) > 1 else ()
+        step = max(1, PART // max(1, math.prod(s.stop - s.start for s in across)))
         with _opened(place.file) as f:
             tensor = f.get_slice(place.tensor)
-            for start in range(0, rows, step):
-                part = slice(start, min(start + step, rows))
-                values = tensor[place.start + part.start : place.start + part.stop]
+            for start in range(first, last, step):
+                part = slice(start, min(start + step, last))
+                values = tensor[(slice(place.start + part.start, place.start + part.stop), *across)]
                 yield part if place.order is None else place.order[part], values
 
     absent = tuple(NAMES[f"{n}_bias"] for n in set(_hf.stored_biases(config)) - set(cfg.biases))
@@ -141,8 +143,17 @@ def _take_apart(found: dict[str, _Place], cfg: Config, config: dict[str, Any], w
                 found[name(n, layer)] = place._replace(order=halves(place.shape[0], cfg.head_dim, cfg.rotary_dim))
 
 
-def write(folder: Path, tensors: list[Stored], name: Callable[[str, int | None], str], shard: int = SHARD) -> None:
+def write(
+    folder: Path | None, tensors: list[Stored], name: Callable[[str, int | None], str], *, together: bool, shard: int = SHARD
+) -> None:
     """Writes `model.safetensors`, or shards of at most `shard` bytes and their index; one shard at a time is copied.
+
+    Args:
+      folder: to write into; None computes all values, for which another process may wait, and writes nothing.
+      tensors: in order.
+      name: of a tensor.
+      together: other processes compute the values, too, so all are computed before an error is raised.
+      shard: bytes in a file.
 
     Raises:
       OSError: a file cannot be written.
@@ -156,16 +167,33 @@ def write(folder: Path, tensors: list[Stored], name: Callable[[str, int | None],
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=shard,
     )
+    failed: OSError | None = None
     for file, keys in split.filename_to_tensors.items():
-        arrays = {key: np.ascontiguousarray(named[key].values()) for key in keys}
+        arrays = {}
+        for key in keys:
+            values = named[key].values()
+            if folder is not None and failed is None:
+                arrays[key] = np.ascontiguousarray(values)
         try:
-            save_file(arrays, folder / file, metadata=dict(format="pt"))
-        except SafetensorError as e:
-            raise OSError(f"{folder / file}: cannot be written ({e})") from None
-        (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read it
-    if split.is_sharded:
+            if folder is not None and arrays:
+                _save(folder, file, arrays)
+        except OSError as error:
+            failed = error
+        if failed is not None and not together:
+            break
+    if failed is not None:
+        raise failed
+    if folder is not None and split.is_sharded:
         index = dict(metadata=split.metadata, weight_map=split.tensor_to_filename)
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _save(folder: Path, file: str, arrays: dict[str, np.ndarray]) -> None:
+    try:
+        save_file(arrays, folder / file, metadata=dict(format="pt"))
+    except SafetensorError as e:
+        raise OSError(f"{folder / file}: cannot be written ({e})") from None
+    (folder / file).chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read it
 
 
 def _files(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxprune.models import _hf
 from jaxprune.models._layout import ROTATED, file_shape, file_view, halves, parts
+from jaxprune.models._mesh import on_host
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.mamba_config import MambaConfig
 from jaxprune.models.params import shapes
@@ -96,7 +97,7 @@ def own(params: Params, cfg: Config) -> Iterator[Stored]:
 
 
 def _values(x: Any, name: str, i: int | None) -> np.ndarray:
-    return file_view(name, np.asarray(x if i is None else x[i]))
+    return file_view(name, on_host(x if i is None else x[i]))
 
 
 def _padding(params: Params, cfg: LlamaConfig, config: dict[str, Any]) -> Iterator[Stored]:

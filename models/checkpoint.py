@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.models import _gguf, _hf, _layout, _safetensors, _stored
 from jaxprune.models._hf_tokenizer import save_tokenizer
@@ -58,8 +59,9 @@ def load(source: str | Path, *, dtype: Any = None, place: _layout.Place | None =
       source: see `resolve`.
       dtype: float32, bfloat16 or float16; None is what the file holds (of several, the narrowest type that holds them all), and
         float32 for GGUF.
-      place: puts a finished array (path in the tree, numpy array) on its devices; default is `jax.device_put`, which on
-        the CPU takes over the memory.
+      place: puts an array (path in the tree, array) on its devices. The array has a shape and a dtype and is not read yet:
+        `x[slices]`, with a slice an axis, reads that part of it from the file, `np.asarray(x)` all. Default is `jax.device_put`
+        of all of it, which on the CPU takes over the memory.
 
     Returns:
       The parameters as `init` shapes them, and the configuration.
@@ -93,7 +95,7 @@ def read(source: _layout.Source, dtype: Any = None, place: _layout.Place | None 
     """The weights of what `opened` returned; arguments and errors as of `load`."""
     if dtype is not None and jnp.dtype(dtype).name not in FLOATS:
         raise ValueError(f"dtype {jnp.dtype(dtype).name} given; allowed are {', '.join(FLOATS)}")
-    return _layout.assemble(source, dtype, place or (lambda _, x: jax.device_put(x)))
+    return _layout.assemble(source, dtype, place or (lambda _, x: jax.device_put(np.asarray(x))))
 
 
 def save(folder: str | Path, params: Params, cfg: Config, tokenizer: Any = None) -> None:
@@ -105,6 +107,7 @@ def save(folder: str | Path, params: Params, cfg: Config, tokenizer: Any = None)
 
     Tensors of more than 1 GiB together are written as shards and their index. Memory holds copies of one shard at a time.
     Each tensor keeps its dtype, and `load` returns the same bits. Not atomic: a caller that needs it writes beside and renames.
+    Where the parameters lie on devices of several processes, all of them have to call it and the first one writes.
 
     Args:
       folder: made if it is not there.
@@ -117,12 +120,16 @@ def save(folder: str | Path, params: Params, cfg: Config, tokenizer: Any = None)
     """
     config = _hf.to_hf_config(cfg)
     tensors = _stored.tensors(params, cfg, config)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, together = Path(folder), not params["embed"].is_fully_addressable
+    writes = not together or jax.process_index() == 0
+    if writes:
+        folder.mkdir(parents=True, exist_ok=True)
+    _safetensors.write(folder if writes else None, tensors, _safetensors.tensor_names(config), together=together)
+    if not writes:
+        return
     name = params["embed"].dtype.name
     config |= dict(dtype=name, torch_dtype=name)  # transformers 5 and 4
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _safetensors.write(folder, tensors, _safetensors.tensor_names(config))
     if "auto_map" in config:
         (folder / f"{_hf.MODULE}.py").write_text(MODELING.read_text(encoding="utf-8"), encoding="utf-8")
     if tokenizer is not None:

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxprune.models._cache import Cache, init_cache, prefill, step
+from jaxprune.models._mesh import on_host
 from jaxprune.models.types import Config, Params
 
 __all__ = ["Cache", "generate", "init_cache", "prefill", "step", "stream"]
@@ -64,7 +65,7 @@ def _stream(params, cfg, prompt, n, temperature, key, eos_ids, pad, cache):
     ended, t = np.zeros(len(prompt), bool), prompt.shape[1]
     token = np.zeros(len(prompt), np.int32)
     for i in range(n):
-        picked = np.asarray(_pick(logits, jax.random.fold_in(key, i), temperature, temperature == 0))
+        picked = on_host(_pick(logits, jax.random.fold_in(key, i), temperature, temperature == 0))
         token = np.where(ended, token, picked)
         yield token
         ended |= np.isin(token, np.asarray(eos_ids, np.int32))

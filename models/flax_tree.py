@@ -63,8 +63,8 @@ def from_flax(tree: Any, cfg: LlamaConfig) -> Params:
             raise ValueError("Flax tree: lm_head differs from the embedding; set tie_embeddings=False in the configuration")
         zeros.add("lm_head/kernel")
 
-    def read(name: str) -> Iterator[tuple[Rows, np.ndarray]]:
-        yield slice(None), stored[name]
+    def read(name: str, rows: slice, columns: slice) -> Iterator[tuple[Rows, np.ndarray]]:
+        yield rows, stored[name][(rows, columns)[: stored[name].ndim]]
 
     source = Source(
         where="Flax tree",
@@ -75,7 +75,7 @@ def from_flax(tree: Any, cfg: LlamaConfig) -> Params:
         read=read,
         spare=lambda name: name in zeros,
     )
-    return assemble(source, None, lambda _, x: jax.device_put(x))
+    return assemble(source, None, lambda _, x: jax.device_put(np.asarray(x)))
 
 
 def to_flax(params: Params, cfg: LlamaConfig) -> dict[str, Any]:

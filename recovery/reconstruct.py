@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxprune.models import LlamaConfig, Params, PerLayer, Run, axes, project, reads, sublayer
-from jaxprune.models._mesh import by_sequence
+from jaxprune.models._mesh import by_sequence, on_host
 from jaxprune.models.axes import OUTPUT
 from jaxprune.recovery.least_squares import admm, least_squares_to
 
@@ -123,7 +123,7 @@ def _writable(params: Params, run: Run, cfg: LlamaConfig) -> dict[str, np.ndarra
     names = [n for n in ("o", "down", "o_bias", "down_bias") if n in letters]
     dtype = params["embed"].dtype
     shapes = {n: [run.length, *(cfg.sizes(run.dims)[a] for a in letters[n])] for n in names}
-    return {n: np.array(old[n]) if n in old else np.zeros(shapes[n], dtype) for n in names}
+    return {n: np.array(on_host(old[n])) if n in old else np.zeros(shapes[n], dtype) for n in names}
 
 
 def _placed(arrays: dict[str, np.ndarray], old: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +154,7 @@ def _part(p: dict, axis: str, kept: np.ndarray, letters: dict[str, str]) -> _Par
     n = p[OUTPUT[axis]].shape[0]
     again = min(-len(kept) % -(-n // SHAPES), n - len(kept))
     index = np.concatenate([kept, np.zeros(again, np.int64)])
-    taken = {n: np.take(np.asarray(x), index, letters[n].index(axis)) if axis in letters[n] else x for n, x in p.items()}
+    taken = {n: np.take(on_host(x), index, letters[n].index(axis)) if axis in letters[n] else x for n, x in p.items()}
     return _Part(taken, index, len(kept))
 
 
@@ -231,10 +231,10 @@ def _rows(x: jax.Array) -> jax.Array:
 
 def _fit(p: dict, axis: str, kept: np.ndarray, sums: Sums, damp: float) -> dict:
     """The new output projection of a sublayer, zero for units that go."""
-    w = np.asarray(p[OUTPUT[axis]])
+    w = on_host(p[OUTPUT[axis]])
     old = w[kept].astype(np.float32).reshape(-1, w.shape[-1]).T  # out, in
     n = old.shape[1]
-    gram, target = np.asarray(sums.gram)[:n, :n], np.asarray(sums.target)[:, :n]
+    gram, target = on_host(sums.gram)[:n, :n], on_host(sums.target)[:, :n]
     new = np.zeros_like(w)
     new[kept] = least_squares_to(target, gram, old, np.arange(n), damp).T.reshape(len(kept), *w.shape[1:])
     return {OUTPUT[axis]: new}
@@ -242,20 +242,20 @@ def _fit(p: dict, axis: str, kept: np.ndarray, sums: Sums, damp: float) -> dict:
 
 def _admm(p: dict, axis: str, kept: np.ndarray, sums: Sums) -> dict:
     """The same by alternating directions, from the sums of all units."""
-    w = np.asarray(p[OUTPUT[axis]])
+    w = on_host(p[OUTPUT[axis]])
     rows = w.astype(np.float32).reshape(-1, w.shape[-1]).T  # out, in
     stays = np.repeat(np.isin(np.arange(len(w)), kept), rows.shape[1] // len(w))
-    return {OUTPUT[axis]: admm(rows, np.asarray(sums.gram), stays).T.reshape(w.shape).astype(w.dtype)}
+    return {OUTPUT[axis]: admm(rows, on_host(sums.gram), stays).T.reshape(w.shape).astype(w.dtype)}
 
 
 def _bias(p: dict, axis: str, kept: np.ndarray, sums: Sums) -> dict:
     """The output projection with zeros for units that go, and the bias that adds their mean."""
     name = OUTPUT[axis]
-    w = np.asarray(p[name])
-    mean = np.asarray(sums.total / sums.tokens, np.float64).reshape(w.shape[:-1])
+    w = on_host(p[name])
+    mean = on_host(sums.total / sums.tokens).astype(np.float64).reshape(w.shape[:-1])
     gone = np.setdiff1d(np.arange(len(w)), kept)
     bias = np.tensordot(mean[gone], w[gone].astype(np.float64), mean.ndim)
-    bias = bias + np.asarray(p[f"{name}_bias"], np.float64) if f"{name}_bias" in p else bias
+    bias = bias + on_host(p[f"{name}_bias"]).astype(np.float64) if f"{name}_bias" in p else bias
     new = np.zeros_like(w)
     new[kept] = w[kept]
     return {name: new, f"{name}_bias": bias.astype(w.dtype)}

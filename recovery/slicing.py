@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.models import LlamaConfig, Params, axes, sublayer
+from jaxprune.models._mesh import on_host
 from jaxprune.recovery._solve import damped
 
 DAMP = 0.01  # of the mean diagonal, as the released code
@@ -171,7 +172,7 @@ def _components(stream: list[jax.Array], width: int, where: str) -> jax.Array:
     total = jnp.zeros((d, d), jnp.promote_types(stream[0].dtype, jnp.float32))
     for x in stream:
         total = _add_moment(total, x)
-    moment = np.asarray(total, np.float64)
+    moment = on_host(total).astype(np.float64)
     if not np.isfinite(moment).all():
         raise ValueError(
             f"slicing: the residual stream after {where} is not finite; check the weights and the calibration data"

@@ -86,6 +86,7 @@ def fit(
     resume: bool = False,
     settings: Mapping[str, Any] | None = None,
     callback: Callable[[int, float], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> tuple[Any, np.ndarray]:
     """Minimises `loss` over the adapter; killed at any moment and resumed, it gives the losses of the run that was not.
 
@@ -104,11 +105,13 @@ def fit(
       settings: what else determines the run (data, learning rate, seed, the model), as JSON values; kept in checkpoints, and
         a resumption with others is refused. `steps`, `accumulate` and the shapes of the state are added.
       callback: called after each update with its step (from 0) and loss.
+      stop: called after each update; where it returns True, a checkpoint is written (if there is a folder) and training ends.
 
     Returns:
       The trained adapter, and float32[steps]: the loss of each step's batch before its update.
 
     Raises:
+      KeyboardInterrupt: `stop` returned True.
       ValueError: an option out of range, a batch without weight, checkpoints of other settings, or a loss or gradient that is
         not finite (the last checkpoint stays good).
     """
@@ -131,10 +134,13 @@ def fit(
         for step in range(int(state.step), steps):
             state, seen = update(state, params, batches(step))
             value = _check(step, *map(float, seen))
-            if manager is not None and ((step + 1) % save_every == 0 or step + 1 == steps):
+            leave = stop is not None and stop()
+            if manager is not None and ((step + 1) % save_every == 0 or step + 1 == steps or leave):
                 _checkpoints.save(manager, step + 1, state, tied)
             if callback is not None:
                 callback(step, value)
+            if leave:
+                raise KeyboardInterrupt
     return state.adapter, np.asarray(state.losses)
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 
 Axis: TypeAlias = str
 Params: TypeAlias = Any  # any pytree
@@ -59,7 +60,7 @@ def score(scorer: Scorer, params: Params, probes: Probes, batches: Iterable[Toke
     step = jax.jit(scorer.update, donate_argnums=0)
     state = scorer.init(probes)
     if scorer.needs == "weights":
-        return scorer.finalize(step(state, params, probes, None))
+        return scorer.finalize(jax.tree.map(_at_hand, step(state, params, probes, None)))
     if not scorer.additive and (every := list(batches)):
         batches = every if len(every) == 1 else [jax.tree.map(lambda *x: jnp.concatenate(x), *every)]
     empty = True
@@ -67,7 +68,14 @@ def score(scorer: Scorer, params: Params, probes: Probes, batches: Iterable[Toke
         state, empty = jax.block_until_ready(step(state, params, probes, tokens)), False  # progress tells the truth
     if empty:
         raise ValueError(f"batches: none given; a scorer that needs {scorer.needs} needs at least one calibration batch")
-    return scorer.finalize(state)
+    return scorer.finalize(jax.tree.map(_at_hand, state))
+
+
+def _at_hand(x: jax.Array) -> Any:
+    """`x`, or an array of the host where its parts lie on devices of several processes: to finalize is work of the host."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return x
+    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def zeros(tree: Any) -> Any:

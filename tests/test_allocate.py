@@ -74,6 +74,16 @@ def test_the_budget_is_met_within_half_a_point(ratio, allocator, multiple_of):
     assert all(w["k"] >= 1 and w["f"] >= multiple_of and w["f"] % multiple_of == 0 for w in widths)
 
 
+@pytest.mark.parametrize("allocator", ALLOCATORS.values(), ids=ALLOCATORS)
+def test_numbers_of_kv_groups_are_multiples_or_whole(allocator):
+    for have, kept in ((8, {2, 4, 6, 8}), (3, {2, 3}), (1, {1})):
+        cfg = dataclasses.replace(SMOLLM2, layers=(LayerDims(have, 2, 1536),) * 12)
+        budget = round(0.5 * cfg.decoder_parameters)
+        widths = allocator(scores_of(cfg), cfg, budget, Constraints(multiple_of=8, kv_multiple_of=2))
+        assert {w["k"] for w in widths} <= kept and {w["f"] % 8 for w in widths} == {0}
+        assert abs(allocate.removed(cfg, widths) - budget) / cfg.decoder_parameters < 0.005
+
+
 def test_global_ranking_takes_the_lowest_scores_first():
     budget = round(0.3 * SMOLLM2.decoder_parameters)
     scores = scores_of(SMOLLM2)
@@ -121,6 +131,7 @@ def test_more_than_there_is_cannot_be_removed():
     ("options", "message"),
     [
         (dict(multiple_of=0), "multiple_of: 0 given"),
+        (dict(kv_multiple_of=0), "kv_multiple_of: 0 given"),
         (dict(units="kz"), "units: 'kz' given; allowed are"),
         (dict(layers=(5, 5)), "layers: 5:5 given; this model has layers 0:30"),
         (dict(layers=(0, 31)), "layers: 0:31 given"),

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune import _beside, evaluate, methods, models, pipeline, recovery, scorers, sharding
-from jaxprune.models import LayerDims, LlamaConfig
+from jaxprune.models import LayerDims, LlamaConfig, _layout, _safetensors
 
 CFG = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(4, 2, 48),) * 2 + (LayerDims(1, 2, 40),))
 PARAMS = jax.tree.map(lambda x: 3 * x, models.init(jax.random.key(0), CFG))
@@ -99,6 +99,34 @@ def test_a_checkpoint_is_loaded_into_its_shards_and_saved_from_them(tmp_path, ti
     assert {s.data.shape for s in loaded["embed"].addressable_shards} == {(16, 32)}
     models.save(tmp_path / "b", loaded, cfg)
     chex.assert_trees_all_equal(models.load(tmp_path / "b")[0], params)
+
+
+def test_a_process_reads_what_its_devices_hold_and_no_more(tmp_path):
+    """The devices of the first of two processes that share all weights."""
+    cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=CFG.layers, biases=("q", "o"))
+    params = models.init(jax.random.key(3), cfg)
+    models.save(tmp_path, params, cfg)
+    source, seen, held = _safetensors.open_folder(tmp_path), [], []
+
+    def read(*words):
+        for rows, values in source.read(*words):
+            seen.append(values.nbytes)
+            yield rows, values
+
+    where = sharding.shardings(cfg, mesh := sharding.mesh_of("fsdp=4,tensor=2"))
+
+    def place(path, x):
+        full, home = (functools.reduce(lambda tree, key: tree[key], path, tree) for tree in (params, where))
+        index = home.devices_indices_map(x.shape)
+        for mine in {str(index[device]): index[device] for device in mesh.devices.flat[:4]}.values():
+            held.append(full[mine].nbytes)
+            np.testing.assert_array_equal(x[mine], full[mine])
+        np.testing.assert_array_equal(np.asarray(x), full)
+        return full
+
+    _layout.assemble(source._replace(read=read), None, place)
+    everything = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert sum(seen) == sum(held) + everything and sum(held) < 0.6 * everything
 
 
 def test_each_device_has_its_sequences_and_no_more_work_than_its_share():

@@ -12,7 +12,7 @@ import jax
 from jaxprune import folder, methods, pipeline
 from jaxprune._json import plain
 from jaxprune._progress import progress
-from jaxprune.commands import evaluate
+from jaxprune.commands import _devices, evaluate
 from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described
 from jaxprune.commands._common import peak_memory, say, stage
 from jaxprune.scorers.taylor import KINDS
@@ -29,7 +29,8 @@ class Cell(NamedTuple):
       method: a name, `taylor:VARIANT`, or None for the dense model.
       ratio: fraction to remove.
       calibration: fields of `_calibration.Calibration`.
-      evaluation: fields of `evaluate.Evaluate` besides the model and its type.
+      evaluation: fields of `evaluate.Evaluate` besides the model, its type and its devices.
+      devices: fields of `_devices.Devices`.
     """
 
     model: str
@@ -38,9 +39,10 @@ class Cell(NamedTuple):
     ratio: float
     calibration: dict[str, Any]
     evaluation: dict[str, Any]
+    devices: dict[str, Any]
 
 
-def settings(method: str, ratio: float, seed: int) -> pipeline.Settings:
+def settings(method: str, ratio: float, seed: int, devices: _devices.Devices) -> pipeline.Settings:
     """The settings of a method as `prune --method` has them.
 
     Raises:
@@ -52,7 +54,8 @@ def settings(method: str, ratio: float, seed: int) -> pipeline.Settings:
             f"methods: {method!r} given; only taylor has variants: {', '.join(f'taylor:{kind}' for kind in KINDS)}"
         )
     own: dict[str, Any] = dict(taylor=variant) if variant else {}
-    return pipeline.Settings(method=name, ratio=ratio, units=methods.default_units(name), seed=seed, **own)
+    units = methods.default_units(name)
+    return pipeline.Settings(method=name, ratio=ratio, units=units, seed=seed, **devices.multiples(units), **own)
 
 
 def apart(cell: Cell) -> dict[str, Any]:
@@ -76,7 +79,8 @@ def main() -> None:
     """The new process: a cell as the argument, the result on stdout."""
     cell = Cell(**json.loads(sys.argv[1]))
     try:
-        result = measured(cell)
+        with _devices.set_mesh(_devices.Devices(**cell.devices)):
+            result = measured(cell)
     except (ValueError, OSError) as error:
         if os.environ.get("JAXPRUNE_TRACEBACK"):
             raise
@@ -103,10 +107,11 @@ def measured(cell: Cell) -> dict[str, Any]:
     Raises:
       ValueError, OSError: the cell cannot be measured, and a user can tell why.
     """
-    flags = evaluate.Evaluate(model=cell.model, dtype=cell.dtype, **cell.evaluation)
+    devices = _devices.Devices(**cell.devices)
+    flags = evaluate.Evaluate(model=cell.model, dtype=cell.dtype, devices=devices, **cell.evaluation)
     text, choices = evaluate.inputs(flags)
     with stage("loading", {}):
-        model = folder.load(cell.model, cell.dtype)
+        model = _devices.load(devices, cell.model, cell.dtype)
     before, own = model.cfg.decoder_parameters, dict[str, Any]()
     if cell.method is not None:
         model, own = _pruned(cell, cell.method, model)
@@ -117,7 +122,7 @@ def measured(cell: Cell) -> dict[str, Any]:
 
 def _pruned(cell: Cell, method: str, model: folder.Model) -> tuple[folder.Model, dict[str, Any]]:
     flags = Calibration(**cell.calibration)
-    how = settings(method, cell.ratio, flags.seed)
+    how = settings(method, cell.ratio, flags.seed, _devices.Devices(**cell.devices))
     tokens = fit = read = None
     if methods.find(how.method).needs != "weights":
         calibration, fit = calibration_tokens(flags, Reconstruction(), how, model, how.target)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import tyro
 
+from jaxprune import _hosts
 from jaxprune._token_file import is_token_file
 from jaxprune.models import Config
 
@@ -49,8 +50,9 @@ Profile = Annotated[
 
 
 def say(text: str) -> None:
-    """A line on stderr: what is going on, as opposed to results."""
-    print(text, file=sys.stderr, flush=True)
+    """A line on stderr: what is going on, as opposed to results. Of several processes the first one says it."""
+    if _hosts.first():
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any
 
 import jax
 
-from jaxprune import folder, sharding
+from jaxprune import _hosts, folder, sharding
 from jaxprune.commands._common import flag, say
 from jaxprune.models import Config
 from jaxprune.models.mamba_config import only_llama
@@ -31,6 +32,50 @@ class Devices:
           ValueError: the mesh has another form.
         """
         return sharding.sizes_of(self.mesh or "data=1")
+
+    def multiples(self, units: tuple[str, ...], channels: int = 8, groups: int | None = None) -> dict[str, Any]:
+        """What pruned widths are multiples of, as `pipeline.Settings` has it, so that they divide by the mesh.
+
+        Args:
+          units: what is pruned.
+          channels: of MLPs, or of the residual stream, what the user asks for.
+          groups: of KV groups; None leaves it to the mesh.
+        """
+        axis = "fsdp" if units == ("hidden",) else "tensor"
+        return dict(
+            multiple_of=math.lcm(channels, self.sizes[axis]), kv_multiple_of=self.sizes["tensor"] if groups is None else groups
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Hosts:
+    """Several processes, one a host, that run the same command together."""
+
+    distributed: Annotated[str | None, flag("auto|HOST:PORT,I/N", "one process")] = None
+    """auto: JAX finds the others (Cloud TPU, Slurm, Kubernetes, Open MPI). Elsewhere where the first one listens, and that this
+    is process I of N. The mesh has to have all of their devices."""
+
+
+@contextlib.contextmanager
+def prepared(devices: Devices | None, hosts: Hosts | None) -> Iterator[None]:
+    """Before anything else is done: the processes have met, and the mesh is set.
+
+    Raises:
+      ValueError: as `_hosts.start` and `set_mesh`, or a mesh that does not have the devices of all processes.
+    """
+    if hosts is not None and hosts.distributed is not None:
+        if devices is None or devices.mesh is None:
+            raise ValueError("distributed: given without a mesh; name one that has the devices of all processes, e.g. fsdp=8")
+        sharding.sizes_of(devices.mesh)
+        if not jax.distributed.is_initialized():  # as in a program that joined the processes and runs several commands
+            _hosts.start(hosts.distributed)
+        if (n := math.prod(devices.sizes.values())) != jax.device_count():
+            raise ValueError(
+                f"mesh: {devices.mesh} given, which takes {n} devices; the {jax.process_count()} processes have "
+                f"{jax.device_count()}, and all have to be in it"
+            )
+    with set_mesh(devices):
+        yield
 
 
 @contextlib.contextmanager
@@ -56,7 +101,8 @@ def load(flags: Devices, source: str, dtype: str | None = None, **options: Any) 
       ValueError: as `folder.load` and `sharding.place`.
     """
     mesh = None if flags.mesh is None else sharding.mesh_of(flags.mesh)
-    model = folder.load(source, dtype, mesh=mesh, strict=flags.strict_sharding, **options)
+    with _hosts.alike():
+        model = folder.load(source, dtype, mesh=mesh, strict=flags.strict_sharding, **options)
     check(flags, model.cfg)
     return model
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from jaxprune import _hosts
 from jaxprune._json import plain, write_json
 from jaxprune.commands._common import say
 from jaxprune.models._safetensors import read_json
@@ -25,27 +26,40 @@ def opened(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> Iterat
     Raises:
       OSError: the folder has other content.
     """
+    with _hosts.alike():
+        if _hosts.first():
+            _make(folder, settings, overwrite)
+    try:
+        yield
+    finally:
+        if _hosts.first() and {path.name for path in folder.iterdir()} <= {SETTINGS}:
+            shutil.rmtree(folder)
+
+
+def _make(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
     if _stands(folder, plain(settings), overwrite):
         say(f"{folder}: going on with the run that is there")
     elif folder.is_dir():
         shutil.rmtree(folder)  # empty, or to be overwritten
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS, settings)
-        yield
-    finally:
-        if {path.name for path in folder.iterdir()} <= {SETTINGS}:
-            shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / SETTINGS, settings)
+
+
+def kept(folder: Path) -> str | None:
+    """How to go on with the run in a folder after an interruption, or None where there is none."""
+    return f"{folder} is kept; go on with the same command" if (folder / SETTINGS).is_file() else None
 
 
 def once(path: Path, what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of a stage: read from its file, or made and written there."""
-    if path.is_file():
+    if _hosts.anywhere(_hosts.first() and path.is_file()):
         say(f"{what}: done before")
         return read_json(path)
     say(f"== {what}")
     result = make()
-    write_json(path, result)
+    with _hosts.alike():
+        if _hosts.first():
+            write_json(path, result)
     return plain(result)
 
 

@@ -77,7 +77,7 @@ class Task(NamedTuple):
     def microbatch(self) -> int:
         """Sequences that go through a layer at a time: it divides those of either text."""
         both = math.gcd(len(self.fitness), len(self.held_out))
-        return pipeline.divisor((both, self.fitness.shape[1]))
+        return pipeline.divisor((both, self.fitness.shape[1]), self.model.params)
 
 
 class Outcome(NamedTuple):
@@ -101,7 +101,7 @@ def search_auto(task: Task) -> Outcome:
     params, cfg, window = task.model.params, task.cfg, task.window
     scores = _scores(task, methods.find(methods.DEFAULT).scorer)
     recipe = _narrow.widths(_recipe(task, scores), cfg)
-    db = database.build(params, cfg, scores, pipeline.batches(task.tokens), task.constraints, progress=progress)
+    db = database.build(params, cfg, scores, pipeline.batches(task.tokens, params), task.constraints, progress=progress)
     measure = database.losses_of(params, cfg, db, at_once=task.effort.at_once, microbatch=task.microbatch)
     schedule = refine.Refinement()
     if task.effort.generations is not None:
@@ -203,7 +203,7 @@ def _scores(task: Task, make: Any) -> PerLayer:
     """Scores of the file in the folder, or made and written there."""
     path = task.out / "scores.npz"
     if not path.is_file():
-        batches = pipeline.batches(task.tokens)
+        batches = pipeline.batches(task.tokens, task.model.params)
         scorer = make(task.cfg, methods.Options(seed=task.settings.seed, microbatch=len(batches[0])))
         made = scorers.score(scorer, task.model.params, models.probes(task.cfg), progress(batches, "scoring"))
         write_scores(path, made)

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 from jaxprune import _bench_figures, _bench_table, _plot, data, methods
 from jaxprune._files import atomic_bytes, atomic_text
 from jaxprune._json import write_json
-from jaxprune.commands import _bench_cell, evaluate
+from jaxprune.commands import _bench_cell, _devices, evaluate
 from jaxprune.commands._bench_cell import Cell
 from jaxprune.commands._calibration import Calibration
 from jaxprune.commands._common import ModelName, Output, flag, say
-from jaxprune.commands._stages import once, opened
+from jaxprune.commands._stages import kept, once, opened
 from jaxprune.models import checkpoint
 from jaxprune.models.mamba_config import only_llama
 
@@ -58,7 +58,12 @@ class Bench:
     """Begin anew in a folder that holds cells of other settings."""
     calibration: Calibration = Calibration()
     measurement: Measurement = Measurement()
+    spread: _devices.Devices = _devices.Devices()
     output: Output = Output()
+
+    def kept(self) -> str | None:
+        """How to go on after an interruption, or None where nothing was kept."""
+        return kept(self.out)
 
     def cells(self) -> dict[str, Cell]:
         """Name -> what is measured; the dense model comes first."""
@@ -66,7 +71,11 @@ class Bench:
         asked = {"dense": (None, 0.0)} | {
             f"{name.replace(':', '-')}-{ratio}": (name, ratio) for ratio in self.ratios for name in names
         }
-        fixed = dict(calibration=dataclasses.asdict(self.calibration), evaluation=dataclasses.asdict(self.measurement))
+        fixed = dict(
+            calibration=dataclasses.asdict(self.calibration),
+            evaluation=dataclasses.asdict(self.measurement),
+            devices=dataclasses.asdict(self.spread),
+        )
         return {key: Cell(self.model, self.dtype, name, ratio, **fixed) for key, (name, ratio) in asked.items()}
 
 
@@ -97,7 +106,11 @@ def _check(args: Bench, asked: dict[str, Cell]) -> None:
             raise ValueError(f"{name}: {number} given; ask for at least {least}")
     only_llama(checkpoint.read_config(args.model), "bench")
     evaluate.inputs(evaluate.Evaluate(model=args.model, **dataclasses.asdict(args.measurement)))
-    used = [_bench_cell.settings(c.method, c.ratio, args.calibration.seed) for c in asked.values() if c.method is not None]
+    used = [
+        _bench_cell.settings(c.method, c.ratio, args.calibration.seed, args.spread)
+        for c in asked.values()
+        if c.method is not None
+    ]
     if args.calibration.calibration != "self" and any(methods.find(s.method).needs != "weights" for s in used):
         data.read_text(args.calibration.calibration)
 

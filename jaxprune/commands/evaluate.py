@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from jaxprune import _progress, data, folder, harness
+from jaxprune import _hosts, _progress, data, folder, harness
 from jaxprune import evaluate as evaluation
 from jaxprune._text import beginnings
 from jaxprune.commands import _devices
@@ -47,12 +47,14 @@ class Evaluate:
     dtype: Annotated[Literal["float32", "bfloat16"] | None, flag("{float32,bfloat16}", "as stored")] = None
     """Type of the weights."""
     devices: _devices.Devices = _devices.Devices()
+    hosts: _devices.Hosts = _devices.Hosts()
     output: Output = Output()
 
 
 def run(args: Evaluate) -> dict[str, Any]:
     """Loads the model and measures."""
-    text, choices = inputs(args)
+    with _hosts.alike():
+        text, choices = inputs(args)
     tasks = _tasks(args)
     with stage("loading", {}):
         needed = isinstance(text, str) or choices is not None or tasks is not None

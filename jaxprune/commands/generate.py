@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune import folder
+from jaxprune import _hosts, folder
+from jaxprune.commands import _devices
 from jaxprune.commands._common import ModelName, Output, flag, stage
 from jaxprune.models import decode
 
@@ -29,23 +30,26 @@ class Generate:
     """0 takes the most likely token each time; more is more random."""
     seed: Annotated[int, flag("N")] = 0
     """Of the sampling."""
+    devices: _devices.Devices = _devices.Devices()
+    hosts: _devices.Hosts = _devices.Hosts()
     output: Output = Output()
 
 
 def run(args: Generate) -> dict[str, Any]:
     """Prints the continuation as it comes."""
     with stage("loading", {}):
-        model = folder.load_any(args.model)
+        model = _devices.load_any(args.devices, args.model)
     begin = time.monotonic()
     written: list[int] = []
     shown = ""
     for text, tokens in continuations(model, args.prompt, args.max_new_tokens, args.temperature, args.seed):
-        if text.startswith(shown) and not text.endswith("\ufffd"):
+        if text.startswith(shown) and not text.endswith("\ufffd") and _hosts.first():
             sys.stdout.write(text[len(shown) :])
             sys.stdout.flush()
             shown = text
         written = tokens
-    print(text[len(shown) :])
+    if _hosts.first():
+        print(text[len(shown) :])
     seconds = time.monotonic() - begin
     return {
         "tokens": len(written),

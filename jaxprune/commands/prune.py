@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from jaxprune import _profiles, data, folder, methods, models, pipeline, proof
-from jaxprune._files import atomic_folder
+from jaxprune import _hosts, _profiles, data, folder, methods, models, pipeline, proof
 from jaxprune._progress import progress
 from jaxprune._scores_file import write_scores
 from jaxprune.commands import _budget, _devices
@@ -50,7 +48,10 @@ class Shape:
     protect_last: Annotated[int, flag("N")] = 0
     """Leave the last N layers alone."""
     multiple_of: Annotated[int, flag("N")] = 8
-    """MLP widths, or inner widths of Mamba, are multiples of this, and of the mesh's tensor axis."""
+    """MLP widths, or inner widths of Mamba, are multiples of this, and of the mesh's tensor axis; of --units hidden, the width
+    of the residual stream is, and of the fsdp axis."""
+    kv_multiple_of: Annotated[int | None, flag("N", "the mesh's tensor axis, or 1")] = None
+    """Numbers of KV groups that change are multiples of this; with more than a layer has, it loses none."""
     min_kept: Annotated[float | None, flag("F", "the method's own")] = None
     """Every MLP keeps at least this fraction of its channels."""
     max_distinct: Annotated[int | None, flag("N", "no limit")] = None
@@ -84,6 +85,7 @@ class Prune:
     reconstruction: Reconstruction = Reconstruction()
     shape: Shape = Shape()
     devices: _devices.Devices = _devices.Devices()
+    hosts: _devices.Hosts = _devices.Hosts()
     output: Output = Output()
 
     def settings(self, cfg: Config | None = None) -> pipeline.Settings:
@@ -105,7 +107,7 @@ class Prune:
             protect_first=self.shape.protect_first,
             protect_last=self.shape.protect_last,
             steps=self.scoring.steps,
-            multiple_of=math.lcm(self.shape.multiple_of, self.devices.sizes["tensor"]),
+            **self.devices.multiples(units, self.shape.multiple_of, self.shape.kv_multiple_of),
             max_distinct=self.shape.max_distinct,
             profile=self.shape.profile,
             taylor=self.scoring.taylor,
@@ -124,14 +126,15 @@ def run(args: Prune) -> dict[str, Any]:
     reads_text = scores_text or target is not None
     if args.calibration.calibration_sha256 is not None and not reads_text:
         raise ValueError(f"calibration_sha256: given, but {'--plan' if args.plan else args.method} reads no text; leave it out")
-    with atomic_folder(args.out, overwrite=args.overwrite) as out:
+    with _hosts.output_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
             needs_tokenizer = reads_text and not data.is_token_file(args.calibration.calibration)
             model = _devices.load_any(args.devices, args.model, args.dtype, needs_tokenizer=needs_tokenizer)
-        plan = None if args.plan is None else folder.read_plan(args.plan)
-        if plan is None:
-            settings = args.settings(model.cfg)
-            settings.check(model.cfg)
+        with _hosts.alike():
+            plan = None if args.plan is None else folder.read_plan(args.plan)
+            if plan is None:
+                settings = args.settings(model.cfg)
+                settings.check(model.cfg)
         _profiles.check(model.cfg, settings, plan)
         tokens = fit_tokens = calibration = goal = None
         if _budget.asked(args.budget):
@@ -191,7 +194,9 @@ def run(args: Prune) -> dict[str, Any]:
         )
         with stage("saving", seconds):
             folder.save(out, folder.Model(pruned.params, pruned.cfg, model.tokenizer, str(args.out), record))
-            write_scores(out / "scores.npz", pruned.scores)
+            with _hosts.alike():
+                if _hosts.first():
+                    write_scores(out / "scores.npz", pruned.scores)
     return result | {"folder": str(args.out)}
 
 

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune import _beside, _progress, data, folder, recovery
-from jaxprune._files import atomic_folder
+from jaxprune import _beside, _hosts, _progress, _terminate, data, folder, recovery
 from jaxprune.commands import _devices, _distillation
 from jaxprune.commands._common import ModelName, Output, check_tokens, flag, peak_memory, say, stage
 from jaxprune.commands._distillation import Distillation
@@ -25,7 +24,7 @@ class Recover:
     """Train a pruned model: low-rank adapters (LoRA), merged into its weights at the end, or all weights.
 
     Of a model that `sparsify` wrote, every zero stays zero. Killed at any moment, the same command with --resume goes on from
-    the last checkpoint, in OUT.training until the end.
+    the last checkpoint, in OUT.training until the end; SIGTERM writes one and ends with exit status 0.
 
     Example: jaxprune recover small --data alpaca.json --out better --steps 200 --distill smollm2
     """
@@ -65,30 +64,40 @@ class Recover:
     """Replace the output folder if it has content."""
     distillation: Distillation = Distillation()
     devices: _devices.Devices = _devices.Devices()
+    hosts: _devices.Hosts = _devices.Hosts()
     output: Output = Output()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints, until the end."""
+        return self.out.parent / f"{self.out.name}.training"
+
+    def kept(self) -> str | None:
+        """How to go on after an interruption, or None where nothing was kept."""
+        return f"{self.checkpoints} is kept; go on with --resume" if _has_checkpoint(self.checkpoints) else None
 
 
 def run(args: Recover) -> dict[str, Any]:
     """Trains, merges and saves."""
     _check(args)
     seconds: dict[str, float] = {}
-    checkpoints = args.out.parent / f"{args.out.name}.training"
-    with atomic_folder(args.out, overwrite=args.overwrite) as out:
+    with _hosts.output_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
             model = _devices.load(args.devices, args.model, args.dtype)
             teacher = _distillation.load(args.distillation, args.dtype, args.devices)
-        with stage("reading training data", seconds):
+        with stage("reading training data", seconds), _hosts.alike():
             training = data.training_batches(
                 args.data, model.tokenizer, length=args.length, batch_size=args.batch_size, seed=args.seed
             )
         say(f"{training.kind} data: {training.examples} examples, {training.dropped} dropped")
-        with stage("training", seconds), _checkpoints(checkpoints):
-            adapter, losses = _train(args, model, teacher, training, checkpoints)
+        with stage("training", seconds), _checkpoints(args.checkpoints):
+            adapter, losses = _train(args, model, teacher, training)
         with stage("merging and saving", seconds):
             update = _update(args, model, training, losses)
             record = None if model.record is None else model.record | {"updates": [*model.record.get("updates", ()), update]}
             folder.save(out, model._replace(params=_trained(args, model, adapter), record=record))
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    if _hosts.first():
+        shutil.rmtree(args.checkpoints, ignore_errors=True)
     return {
         "steps": args.steps,
         "first loss": float(losses[0]),
@@ -122,8 +131,12 @@ def _checkpoints(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if not any(path.name.isdecimal() for path in folder.glob("*")):
+        if _hosts.first() and not _has_checkpoint(folder):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return any(path.name.isdecimal() for path in folder.glob("*"))
 
 
 def _check(args: Recover) -> None:
@@ -134,9 +147,7 @@ def _check(args: Recover) -> None:
     _distillation.check(args.distillation, args.model)
 
 
-def _train(
-    args: Recover, model: folder.Model, teacher: _distillation.Teacher | None, training: data.TrainingData, checkpoints: Path
-):
+def _train(args: Recover, model: folder.Model, teacher: _distillation.Teacher | None, training: data.TrainingData):
     warmup, tx = optimizer(args)
     adapters = dict(rank=args.rank, alpha=args.alpha) if args.train == "lora" else dict(train=args.train)
     settings = {name: getattr(args, name) for name in ("batch_size", "length", "learning_rate", "seed")} | adapters
@@ -153,7 +164,7 @@ def _train(
         check_tokens(out["tokens"], model.cfg, training.source)
         return _beside.spread(model.params, out)
 
-    with _progress.meter("training", args.steps, "step") as advance:
+    with _terminate.noted() as stop, _progress.meter("training", args.steps, "step") as advance:
         return recovery.fit(
             loss,
             frozen,
@@ -162,11 +173,12 @@ def _train(
             tx,
             steps=args.steps,
             accumulate=args.accumulate,
-            checkpoint_dir=checkpoints,
+            checkpoint_dir=args.checkpoints,
             save_every=args.save_every,
             resume=args.resume,
             settings=settings | _distillation.settings(args.distillation, teacher),
             callback=_shown(advance, args.batch_size * args.length),
+            stop=stop,
         )
 
 
@@ -200,7 +212,7 @@ def _update(args: Recover, model: folder.Model, training: data.TrainingData, los
     flags = {
         f.name: getattr(args, f.name)
         for f in dataclasses.fields(args)
-        if f.name not in ("output", "out", "resume", "overwrite", "distillation", "devices")
+        if f.name not in ("output", "out", "resume", "overwrite", "distillation", "devices", "hosts")
     }
     flags |= {name: value for name, value in dataclasses.asdict(args.distillation).items() if value is not None}
     paths = jax.tree_util.tree_flatten_with_path(model.params)[0]

@@ -9,14 +9,14 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from jaxprune import data, folder, methods, report
+from jaxprune import _hosts, data, folder, methods, report
 from jaxprune._decode import check_file
 from jaxprune._scores_file import read_scores
-from jaxprune.commands import _budget, evaluate, prune, recover, verify
+from jaxprune.commands import _budget, _devices, evaluate, prune, recover, verify
 from jaxprune.commands._calibration import Calibration, Reconstruction
 from jaxprune.commands._common import ModelName, Output, flag
 from jaxprune.commands._distillation import Distillation
-from jaxprune.commands._stages import once, opened
+from jaxprune.commands._stages import kept, once, opened
 from jaxprune.commands.generate import check_prompt, continuation
 from jaxprune.models import checkpoint
 from jaxprune.models.mamba_config import only_llama
@@ -84,14 +84,20 @@ class Run:
     shape: prune.Shape = prune.Shape()
     recovery: Recovery = Recovery()
     evaluation: Evaluation = Evaluation()
+    devices: _devices.Devices = _devices.Devices()
+    hosts: _devices.Hosts = _devices.Hosts()
     output: Output = Output()
+
+    def kept(self) -> str | None:
+        """How to go on after an interruption, or None where nothing was kept."""
+        return kept(self.out)
 
     def prune_flags(self) -> prune.Prune:
         """The flags of the pruning stage."""
         return prune.Prune(
             model=self.model, out=self.out / "pruned", ratio=self.ratio, method=self.method, dtype=self.dtype, overwrite=True,
             budget=self.budget, calibration=self.calibration, scoring=self.scoring, reconstruction=self.reconstruction,
-            shape=self.shape,
+            shape=self.shape, devices=self.devices,
         )  # fmt: skip
 
     def recover_flags(self) -> recover.Recover:
@@ -101,6 +107,7 @@ class Run:
             model=str(self.out / "pruned"), data=r.data, out=self.out / "recovered", steps=r.recovery_steps, overwrite=True,
             resume=True, batch_size=r.batch_size, length=r.recovery_length, learning_rate=r.learning_rate,
             seed=self.calibration.seed, distillation=Distillation(distill=self.model if r.distill else None),
+            devices=self.devices,
         )  # fmt: skip
 
     def evaluate_flags(self, model: str) -> evaluate.Evaluate:
@@ -108,14 +115,16 @@ class Run:
         e = self.evaluation
         windows = tuple(dict.fromkeys((e.window, min(128, e.window))))
         return evaluate.Evaluate(
-            model=model, text=e.text, window=windows, max_tokens=e.max_tokens, choice=e.choice, limit=e.limit, dtype=self.dtype
-        )
+            model=model, text=e.text, window=windows, max_tokens=e.max_tokens, choice=e.choice, limit=e.limit, dtype=self.dtype,
+            devices=self.devices,
+        )  # fmt: skip
 
 
 def run(args: Run) -> dict[str, Any]:
     """Runs the stages that are not complete, then writes the report."""
-    _check(args)
-    settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")}
+    with _hosts.alike():
+        _check(args)
+    settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out", "hosts")}
     with opened(args.out, settings, overwrite=args.overwrite):
         return _stages(args)
 
@@ -141,7 +150,9 @@ def _stages(args: Run) -> dict[str, Any]:
         stages["recovered"] = str(args.out / "recovered")
     last = stages[next(reversed(stages))]
     done["verify"] = once(
-        args.out / "verify.json", "verification", lambda: verify.run(verify.Verify(dense=args.model, pruned=last))
+        args.out / "verify.json",
+        "verification",
+        lambda: verify.run(verify.Verify(dense=args.model, pruned=last, devices=args.devices)),
     )
     metrics, samples = {}, {}
     for name, model in stages.items():
@@ -149,7 +160,10 @@ def _stages(args: Run) -> dict[str, Any]:
         metrics[name] = once(args.out / f"evaluate-{name}.json", f"evaluation, {name}", measure)
         write = functools.partial(_sample, args, model)
         samples[name] = once(args.out / f"sample-{name}.json", f"sample, {name}", write)["text"]
-    page = _report(args, done, metrics, samples)
+    page = args.out / "report.html"
+    with _hosts.alike():
+        if _hosts.first():
+            _report(args, done, metrics, samples)
     return _rows(metrics) | {"exact": done["verify"]["exact"], "report": str(page)}
 
 
@@ -161,7 +175,7 @@ def _recovery(args: Run, done: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _sample(args: Run, model: str) -> dict[str, Any]:
-    return {"text": continuation(folder.load(model, args.dtype), args.evaluation.prompt, 48)}
+    return {"text": continuation(_devices.load(args.devices, model, args.dtype), args.evaluation.prompt, 48)}
 
 
 def _rows(metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:

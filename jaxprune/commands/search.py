@@ -8,10 +8,10 @@ from jaxprune import _narrow, _profiles, budgets, data, folder, methods, pipelin
 from jaxprune._constraints import check
 from jaxprune._files import atomic_text
 from jaxprune._json import plain
-from jaxprune.commands import _budget
+from jaxprune.commands import _budget, _devices
 from jaxprune.commands._calibration import Calibration, draw, up_to_a_row
 from jaxprune.commands._common import ModelName, Output, Profile, flag, layer_range, stage
-from jaxprune.commands._stages import opened
+from jaxprune.commands._stages import kept, opened
 from jaxprune.commands._strategies import STRATEGIES, Effort, Task
 from jaxprune.search import points, sizes
 from jaxprune.search.points import Point
@@ -31,7 +31,9 @@ class Limits:
     protect_last: Annotated[int, flag("N")] = 0
     """Leave the last N layers alone."""
     multiple_of: Annotated[int, flag("N")] = 8
-    """MLP widths are multiples of this, e.g. of what a mesh axis divides."""
+    """MLP widths are multiples of this, and of the mesh's tensor axis."""
+    kv_multiple_of: Annotated[int | None, flag("N", "the mesh's tensor axis, or 1")] = None
+    """Numbers of KV groups that change are multiples of this; with more than a layer has, it loses none."""
     min_kept: Annotated[float | None, flag("F", "the method's own")] = None
     """Every MLP keeps at least this fraction of its channels."""
     profile: Profile = None
@@ -61,7 +63,12 @@ class Search:
     calibration: Calibration = Calibration()
     effort: Effort = Effort()
     limits: Limits = Limits()
+    devices: _devices.Devices = _devices.Devices()
     output: Output = Output()
+
+    def kept(self) -> str | None:
+        """How to go on after an interruption, or None where nothing was kept."""
+        return kept(self.out)
 
     def settings(self) -> pipeline.Settings:
         """The flags as those of the method that the strategy starts from.
@@ -75,7 +82,7 @@ class Search:
             layers=layer_range(self.limits.layers),
             protect_first=self.limits.protect_first,
             protect_last=self.limits.protect_last,
-            multiple_of=self.limits.multiple_of,
+            **self.devices.multiples(("kv", "mlp"), self.limits.multiple_of, self.limits.kv_multiple_of),
             min_kept=self.limits.min_kept,
             profile=self.limits.profile,
             seed=self.calibration.seed,
@@ -109,7 +116,8 @@ def run(args: Search) -> dict[str, Any]:
     given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")})
     with opened(args.out, given, overwrite=args.overwrite):
         with stage("loading", seconds):
-            model = folder.load(args.model, args.dtype, needs_tokenizer=not data.is_token_file(args.calibration.calibration))
+            needs_tokenizer = not data.is_token_file(args.calibration.calibration)
+            model = _devices.load(args.devices, args.model, args.dtype, needs_tokenizer=needs_tokenizer)
         _profiles.check(model.cfg, settings)
         goal = _budget.goal(args.budget, model.cfg, settings, args.dtype)
         task = _task(args, settings, model, goal, given)

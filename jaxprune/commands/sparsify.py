@@ -13,9 +13,10 @@ from jaxprune import data, folder, pipeline, sparsify
 from jaxprune._files import atomic_folder
 from jaxprune._json import plain
 from jaxprune._progress import progress
+from jaxprune.commands import _devices
 from jaxprune.commands._calibration import Calibration, described, draw, up_to_a_row
 from jaxprune.commands._common import ModelName, Output, flag, peak_memory, say, stage
-from jaxprune.commands._stages import opened
+from jaxprune.commands._stages import kept, opened
 from jaxprune.models import unit_counts
 from jaxprune.models.axes import MAMBA_MATRICES, MATRICES
 from jaxprune.plan import Plan
@@ -64,7 +65,17 @@ class Sparsify:
     """Type of the weights. The fits are in float32 in any case."""
     overwrite: bool = False
     """Replace the output folder if it has content, and what an earlier run with other settings left behind."""
+    devices: _devices.Devices = _devices.Devices()
     output: Output = Output()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the layers that are done, until the end."""
+        return self.out.parent / f"{self.out.name}.sparsifying"
+
+    def kept(self) -> str | None:
+        """How to go on after an interruption, or None where nothing was kept."""
+        return kept(self.checkpoints)
 
     def settings(self) -> sparsify.Sparsity:
         """The flags as `sparsify.Sparsity`.
@@ -91,23 +102,24 @@ class Sparsify:
 def run(args: Sparsify) -> dict[str, Any]:
     """Sparsifies and saves; returns what happened, for a table."""
     asked, seconds = args.settings(), dict[str, float]()
-    checkpoints = args.out.parent / f"{args.out.name}.sparsifying"
     given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")})
     with atomic_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
-            model = folder.load_any(args.model, args.dtype, needs_tokenizer=not data.is_token_file(args.calibration))
+            model = _devices.load_any(
+                args.devices, args.model, args.dtype, needs_tokenizer=not data.is_token_file(args.calibration)
+            )
         names = sparsify.chosen(model.cfg, asked)
         with stage("reading calibration text", seconds):
             calibration = _calibration(args, model)
         given |= dict(sha256=calibration.sha256, layers=plain(model.cfg.layers))
-        with opened(checkpoints, given, overwrite=args.overwrite):
+        with opened(args.checkpoints, given, overwrite=args.overwrite):
             with stage(f"sparsifying, {args.method}", seconds):
                 params, found = sparsify.sparsify(
                     model.params,
                     model.cfg,
-                    pipeline.batches(calibration.tokens),
+                    pipeline.batches(calibration.tokens, model.params),
                     asked,
-                    checkpoints=checkpoints,
+                    checkpoints=args.checkpoints,
                     progress=progress,
                 )
             for name, matrix in found.items():
@@ -117,7 +129,7 @@ def run(args: Sparsify) -> dict[str, Any]:
             with stage("saving", seconds):
                 record = _record(args, asked, model, calibration, found, result, names)
                 folder.save(out, model._replace(params=params, record=record))
-    shutil.rmtree(checkpoints, ignore_errors=True)
+    shutil.rmtree(args.checkpoints, ignore_errors=True)
     rows = by_matrix({name: (m.zeros, m.violations) for name, m in found.items()}, {n: m.error for n, m in found.items()})
     return result | {"folder": str(args.out), "by matrix": rows, "matrices": {n: m._asdict() for n, m in found.items()}}
 

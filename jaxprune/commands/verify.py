@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from jaxprune import data, folder, proof, sparsify
+from jaxprune import _hosts, data, folder, proof, sparsify
+from jaxprune.commands import _devices
 from jaxprune.commands._common import Output, check_tokens, flag, say, stage
 from jaxprune.commands.sparsify import by_matrix
 from jaxprune.recovery.sparse import Pattern
@@ -29,6 +30,8 @@ class Verify:
     """Tokens in a sequence."""
     tensors: bool = False
     """List every tensor."""
+    devices: _devices.Devices = _devices.Devices()
+    hosts: _devices.Hosts = _devices.Hosts()
     output: Output = Output()
 
 
@@ -36,16 +39,18 @@ def run(args: Verify) -> dict[str, Any]:
     """Loads both and compares."""
     seconds: dict[str, float] = {}
     with stage("loading", seconds):
-        small = folder.load_any(args.pruned, needs_tokenizer=False)
+        small = _devices.load_any(args.devices, args.pruned, needs_tokenizer=False)
         if small.record is None:
             raise ValueError(
                 f"{args.pruned}: no {folder.RECORD}, so there is no plan to verify; give a folder that jaxprune wrote"
             )
         needs_tokenizer = not data.is_token_file(args.text)
-        dense = folder.load_any(args.dense, str(small.params["embed"].dtype), needs_tokenizer=needs_tokenizer)
-    plan = folder.plan_from(small.record, dense.cfg, small.cfg)
-    tokens = data.token_blocks(args.text, dense.tokenizer, samples=args.samples, length=args.length, seed=0).tokens
-    check_tokens(tokens, dense.cfg, args.text)
+        dtype = str(small.params["embed"].dtype)
+        dense = _devices.load_any(args.devices, args.dense, dtype, needs_tokenizer=needs_tokenizer)
+    with _hosts.alike():
+        plan = folder.plan_from(small.record, dense.cfg, small.cfg)
+        tokens = data.token_blocks(args.text, dense.tokenizer, samples=args.samples, length=args.length, seed=0).tokens
+        check_tokens(tokens, dense.cfg, args.text)
     with stage("comparing", seconds):
         report = proof.verify(dense.params, dense.cfg, small.params, small.cfg, plan, tokens, folder.updates_of(small.record))
     for name in report.undeclared:

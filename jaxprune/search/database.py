@@ -6,7 +6,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxprune._beside import home, spread
 from jaxprune._constraints import Constraints, full_widths
 from jaxprune._losses import Progress
 from jaxprune.models import LlamaConfig, Params, PerLayer, loss_fn, observe
@@ -93,16 +95,26 @@ def build(
             stack.append(fitted.reshape(w.shape))
         weights.setdefault(run.name, {}).setdefault(OUTPUT[a], []).append(np.stack(stack))
     dtype = params["embed"].dtype
-    arrays = {name: {n: jnp.asarray(_padded(rows), dtype) for n, rows in by.items()} for name, by in weights.items()}
+    arrays = {
+        name: {n: _beside_of(params[name][n], jnp.asarray(_padded(rows), dtype)) for n, rows in by.items()}
+        for name, by in weights.items()
+    }
     return Database(tuple(counts), tuple(plans), arrays)
+
+
+def _beside_of(dense: jax.Array, levels: jax.Array) -> jax.Array:
+    """[l, levels, ...] spread as the dense [l, ...] is, where that lies on a mesh."""
+    if home(dense) is None or not isinstance(where := dense.sharding, NamedSharding):
+        return levels
+    return jax.device_put(levels, NamedSharding(where.mesh, PartitionSpec(*where.spec[:1], None, *where.spec[1:])))
 
 
 def _counts(axis: str, n: int, layer: int, constraints: Constraints, levels: int, may_go: bool) -> np.ndarray:
     if not may_go or axis not in constraints.units:
         return np.array([n])
     least = constraints.fewest(axis, n, layer)
-    multiple = constraints.multiple_of if axis == "f" else 1
-    step = 1 if axis == "k" else max(1, round(n / levels / multiple)) * multiple
+    multiple = constraints.step(axis)
+    step = multiple if axis == "k" else max(1, round(n / levels / multiple)) * multiple
     below = np.arange(n // multiple * multiple if n % multiple else n - step, least - 1, -step)
     return np.array([n, *below[below < n]])
 
@@ -179,5 +191,5 @@ def losses_of(
         params, weights, tokens = constants
         return loss(chosen(params, db._replace(weights=weights), cfg, levels), {}, tokens).mean()
 
-    measure = over_devices(one, at_once, devices)
-    return lambda candidates, tokens: measure((params, db.weights, tokens), list(map(as_arrays, candidates)))
+    measure = over_devices(one, at_once, devices, params)
+    return lambda candidates, tokens: measure((params, db.weights, spread(params, tokens)), list(map(as_arrays, candidates)))

@@ -160,10 +160,10 @@ def problem(
 
 
 def _width(axis: str, n: int, layer: int, constraints: Constraints, limits: Space, rng: np.random.Generator) -> int:
-    """A random width in the space: KV groups one by one, channels in steps of 5 %, rounded to the multiple."""
+    """A random width in the space: KV groups one by one, channels in steps of 5 %, both rounded to their multiples."""
     fewest = constraints.fewest(axis, n, layer)
     if axis == "k":
-        return int(rng.integers(max(fewest, min(n, math.ceil(limits.attention * n - 1e-9))), n + 1))
+        return constraints.groups(n, n - int(rng.integers(max(fewest, min(n, math.ceil(limits.attention * n - 1e-9))), n + 1)))
     fraction = rng.integers(round(limits.mlp / 0.05), 21) * 0.05
     return min(max(round(fraction * n / constraints.multiple_of) * constraints.multiple_of, fewest), n)
 

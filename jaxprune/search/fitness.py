@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxprune import surgery
+from jaxprune._beside import home, spread
 from jaxprune.models import LlamaConfig, Params, loss_fn
 from jaxprune.plan import Plan
 
@@ -28,7 +29,8 @@ def gate_fitness(
 ) -> Fitness:
     """The mean loss of each candidate on the same tokens, with the units that its plan does not keep gated off.
 
-    Candidates, never tokens, are spread over the devices, so the number of devices does not change what is computed.
+    Candidates, never tokens, are spread over the devices, so the number of devices does not change what is computed. Of a model
+    that is spread over a mesh itself, see `jaxprune.sharding`, each candidate is measured on all of it.
 
     Args:
       params, cfg: the model.
@@ -72,18 +74,24 @@ def gate_losses(
         params, tokens = constants
         return loss(params, {"gates": gates}, tokens).mean()
 
-    measure = over_devices(one, at_once, devices)
-    return lambda plans, tokens: measure((params, tokens), [surgery.gates_of(plan, cfg)["gates"] for plan in plans])
+    measure = over_devices(one, at_once, devices, params)
+    return lambda plans, tokens: measure(
+        (params, spread(params, tokens)), [surgery.gates_of(plan, cfg)["gates"] for plan in plans]
+    )
 
 
 def over_devices(
-    one: Callable[[Any, Any], jax.Array], at_once: int = 1, devices: Sequence[jax.Device] | None = None
+    one: Callable[[Any, Any], jax.Array],
+    at_once: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    params: Params | None = None,
 ) -> Callable[[Any, Sequence[Any]], np.ndarray]:
     """A function of many candidates, a few of them on each device, from one compiled program.
 
     Args:
       one: (constants, candidate) -> loss.
       at_once, devices: as in `gate_fitness`.
+      params: the model; if it is spread over a mesh, all of that takes a few candidates at a time.
 
     Returns:
       (constants, candidates) -> float64[candidates], rounded; `inf` where a loss is not a number.
@@ -95,12 +103,13 @@ def over_devices(
         raise ValueError(f"at_once: {at_once} given; it must be at least 1")
     devices = jax.local_devices() if devices is None else devices
     mesh = jax.make_mesh((len(devices),), ("c",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
-    chunk = len(devices) * at_once
+    whole = home(params) is not None
+    chunk = at_once if whole else len(devices) * at_once
 
-    @jax.jit
-    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("c")), out_specs=P("c"), check_vma=False)
-    def many(constants, candidates):
+    def some(constants, candidates):
         return jax.lax.map(functools.partial(one, constants), candidates, batch_size=at_once if at_once > 1 else None)
+
+    many = jax.jit(some if whole else jax.shard_map(some, mesh=mesh, in_specs=(P(), P("c")), out_specs=P("c"), check_vma=False))
 
     def measure(constants: Any, candidates: Sequence[Any]) -> np.ndarray:
         found: list[float] = []

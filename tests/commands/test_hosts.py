@@ -1,0 +1,124 @@
+"""Two processes of four devices each, on loopback: the same folders as one process makes, and refusals that both make."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxprune import folder, models
+
+TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 40
+MESH = ("--mesh", "fsdp=4,tensor=2")  # both processes are needed for every matrix
+LIMIT = 240  # seconds
+
+
+@contextlib.contextmanager
+def started(commands: list[list[list[object]]]):
+    """The processes, each with its own list of commands; none is left at the end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{free.getsockname()[1]}"
+    env = os.environ | dict(JAX_PLATFORMS="cpu", NPROC="16", XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    script = Path(__file__).with_name("together.py")
+    with contextlib.ExitStack() as stack:
+        found = []
+        for i, mine in enumerate(commands):
+            words = json.dumps([[str(word) for word in words] for words in mine])
+            process = subprocess.Popen(
+                [sys.executable, script, where, f"{i}/{len(commands)}", words],
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+            )  # fmt: skip
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            found.append(process)
+        yield found
+
+
+def together(*commands: list[list[object]]) -> list[tuple[list[int], str]]:
+    """For each process the exit statuses of its commands and what it wrote to stderr."""
+    with started(list(commands)) as processes:
+        done = [process.communicate(timeout=LIMIT) for process in processes]
+    out = []
+    for text, err in done:
+        last = [line for line in text.splitlines() if line.startswith("statuses ")]
+        assert last, err
+        out.append((json.loads(last[0].removeprefix("statuses ")), err))
+    return out
+
+
+@pytest.fixture
+def uneven(dense, tmp_path):
+    """A model with grouped query heads, whose layers are not all alike."""
+    cfg = models.load(dense)[1]
+    layers = (models.LayerDims(4, 2, 48), models.LayerDims(2, 3, 40))
+    cfg = models.LlamaConfig(vocab=cfg.vocab, d=32, head_dim=8, layers=layers, eos_ids=cfg.eos_ids)
+    params = jax.tree.map(lambda x: 3 * x, models.init(jax.random.key(0), cfg))
+    models.save(tmp_path / "uneven", params, cfg, folder.load(str(dense)).tokenizer)
+    return tmp_path / "uneven"
+
+
+def commands(model, text, out):
+    method = (
+        "--method",
+        "taylor",
+        "--kv-multiple-of",
+        2,
+        "--reconstruct",
+        "residual",
+        "--ratio",
+        0.3,
+        "--samples",
+        4,
+        "--length",
+        16,
+    )
+    training = ("--steps", 20, "--rank", 2, "--batch-size", 4, "--length", 16, "--save-every", 10)
+    return [
+        ["prune", model, "--out", out / "small", "--calibration", text, *method],
+        ["recover", out / "small", "--out", out / "better", "--data", text, *training, "--json", out / "losses.json"],
+    ]
+
+
+def close(a, b, rtol):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * np.abs(y).max()), a, b)
+
+
+def test_two_processes_do_what_one_does(jaxprune, uneven, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    both = [[*words, *MESH] for words in commands(uneven, text, tmp_path / "two")]
+    there = ["prune", uneven, "--out", tmp_path / "two" / "small", "--method", "random", *MESH]
+    own = [["evaluate", model, "--text", text, "--window", 16, *MESH] for model in (uneven, tmp_path / "absent")]
+    (first, said), (second, silent) = together([*both, there, own[0]], [*both, there, own[1]])
+    assert first == second == [0, 0, 2, 2], said + silent
+    assert "the folder is not empty" in said and "process 1: model" in said and "pruning ..." in said
+    assert not [line for line in silent.splitlines() if line.startswith("jaxprune") or "..." in line]
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["better", "losses.json", "small"]
+    for words in commands(uneven, text, tmp_path / "one"):
+        assert jaxprune(*words).status == 0
+    scores = [dict(np.load(tmp_path / out / "small" / "scores.npz")) for out in ("two", "one")]
+    close(*scores, rtol=1e-5)
+    plans = [folder.read_plan(tmp_path / out / "small" / folder.RECORD).digest for out in ("two", "one")]
+    assert plans[0] == plans[1]
+    for name, rtol in dict(small=1e-4, better=1e-4).items():  # least squares: systems of equations
+        (two, cfg), (one, same) = (models.load(tmp_path / out / name) for out in ("two", "one"))
+        assert cfg == same and len(set(cfg.layers)) == 2 and not any(dims.kv_heads % 2 for dims in cfg.layers)
+        close(two, one, rtol)
+    losses = [
+        [row["loss"] for row in json.loads((tmp_path / out / "losses.json").read_text())["losses"]] for out in ("two", "one")
+    ]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_what_cannot_be_is_refused_before_processes_meet(refused, dense, tmp_path):
+    words = ("prune", dense, "--out", tmp_path / "out", "--distributed")
+    assert "distributed: given without a mesh" in refused(*words, "127.0.0.1:1,0/2")
+    for wrong in ("127.0.0.1:1", "127.0.0.1,0/2", "127.0.0.1:1,2/2", "yes"):
+        assert "give auto, or HOST:PORT,I/N" in refused(*words, wrong, "--mesh", "fsdp=8")
