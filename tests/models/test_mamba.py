@@ -96,7 +96,7 @@ def test_derivatives_by_gates_and_taps_are_those_by_weights(params):
 
     cfg = dataclasses.replace(CFG, layers=CFG.layers[:2])
     params = {name: x for name, x in params.items() if name != "run_1"}
-    tokens = np.random.default_rng(3).integers(0, cfg.vocab, (2, 20), np.int32)
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, cfg.vocab, (2, 20), np.int32))
     loss, probes = models.loss_fn(cfg), models.probes(cfg)
     taps = scorers.score(scorers.taylor(loss), params, probes, [tokens])
     full = scorers.score(scorers.full_taylor(loss, lambda tree: models.sum_over_units(tree, cfg)), params, probes, [tokens])
