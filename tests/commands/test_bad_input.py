@@ -29,7 +29,7 @@ def prune(refused, model, tmp_path):
         (("--layers", "0:3", "--method", "random"), "layers: 0:3 given; this model has layers 0:2"),
         (("--protect-first", 2, "--method", "random"), "this model has layers 0:2"),
         (("--protect-last", -1), "protect: 0 first and -1 last layers given"),
-        (("--units", "heads"), "units: 'heads' given; allowed are kv, mlp, layers, sublayers, hidden"),
+        (("--units", "heads"), "units: 'heads' given; allowed are kv, mlp, inner, layers, sublayers, hidden"),
         (("--units", "kv,layers"), "only kv and mlp go together"),
         (("--units", "hidden", "--method", "fisher"), "fisher cannot score hidden"),
         (("--steps", 0), "steps: 0 given"),

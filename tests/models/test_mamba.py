@@ -25,10 +25,9 @@ logits = jax.jit(models.apply, static_argnames="cfg")
 @pytest.fixture(scope="module")
 def params():
     """Far from the start of training, so that nothing is nearly linear."""
+    rng = np.random.default_rng(0)
     drawn = models.init(jax.random.key(0), CFG)
-    keys = jax.random.split(jax.random.key(1), len(jax.tree.leaves(drawn)))
-    noise = jax.tree.unflatten(jax.tree.structure(drawn), list(keys))
-    return jax.tree.map(lambda x, key: x + 0.2 * jax.random.normal(key, x.shape), drawn, noise)
+    return jax.tree.map(lambda x: jnp.asarray(x + 0.2 * rng.standard_normal(x.shape).astype(np.float32)), drawn)
 
 
 @pytest.fixture(params=KINDS)
@@ -95,18 +94,21 @@ def test_the_recurrence_is_the_scan(params):
 def test_derivatives_by_gates_and_taps_are_those_by_weights(params):
     from jaxprune import scorers
 
-    tokens = jax.random.randint(jax.random.key(3), (2, 20), 0, CFG.vocab)
-    loss, probes = models.loss_fn(CFG), models.probes(CFG)
+    cfg = dataclasses.replace(CFG, layers=CFG.layers[:2])
+    params = {name: x for name, x in params.items() if name != "run_1"}
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, cfg.vocab, (2, 20), np.int32))
+    loss, probes = models.loss_fn(cfg), models.probes(cfg)
     taps = scorers.score(scorers.taylor(loss), params, probes, [tokens])
-    full = scorers.score(scorers.full_taylor(loss, lambda tree: models.sum_over_units(tree, CFG)), params, probes, [tokens])
+    full = scorers.score(scorers.full_taylor(loss, lambda tree: models.sum_over_units(tree, cfg)), params, probes, [tokens])
     for a, b in zip(taps, full, strict=True):
         np.testing.assert_allclose(a["i"], b["i"], rtol=2e-4)
     step = 1e-2  # the loss along one gate, by differences
 
+    @jax.jit
     def at(gate):
         gates = [dict(layer) for layer in probes["gates"]]
         gates[1]["i"] = gates[1]["i"].at[7].set(gate)
-        return float(loss(params, {"gates": tuple(gates)}, tokens).mean())
+        return loss(params, {"gates": tuple(gates)}, tokens).mean()
 
     found = scorers.score(scorers.gate_taylor(loss), params, probes, [tokens])[1]["i"][7]
     np.testing.assert_allclose(found, abs(at(1 + step) - at(1 - step)) / (2 * step), rtol=0.02, atol=1e-5)
