@@ -14,6 +14,7 @@ from jaxprune._progress import table
 from jaxprune.commands import bench, evaluate, export, generate, inspect, prune, recover, search, size, sparsify, verify
 from jaxprune.commands import run as everything
 from jaxprune.commands._common import pairs
+from jaxprune.commands._compute import using
 from jaxprune.commands._devices import set_mesh
 
 COMMANDS: dict[type, tuple[str, Callable[[Any], dict[str, Any]]]] = {
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, command = COMMANDS[type(args)]
     try:
         _check_place(args.output.json)
-        with set_mesh(getattr(args, "devices", None)):
+        with set_mesh(getattr(args, "devices", None)), using(args):
             result = command(args)
         _show(result)
         if args.output.json is not None:

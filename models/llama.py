@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.models import _rope, _taps, axes
 from jaxprune.models._attention import attend
+from jaxprune.models._how import rematerialised
 from jaxprune.models._mesh import by_sequence, from_parts, in_parts
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.types import TAP_KINDS, Params, PerLayer, Probes
@@ -172,7 +173,7 @@ def hidden(
       tokens: token ids.
       cfg: what `params` was made with.
       probes: see `jaxprune.models.types`; None is the plain model.
-      remat: keep only the residual stream between layers for the backward pass and recompute the rest.
+      remat: keep only the residual stream between layers for the backward pass and recompute the rest, see `computing`.
       microbatch: sequences that go through a layer at a time; it divides b. None is all of them. Changes memory, not results.
       axis_name: a mapped axis (`pmap`, `shard_map`) over which taps sum weight gradients before they reduce them.
     """
@@ -192,7 +193,7 @@ def hidden(
             return _layer(z[0], by_sequence(x), cfg, rope, z[1], microbatch, axis_name), None
 
         stacked = {kind: _stack(per_layer, run.start, run.length) for kind, per_layer in probes.items()}
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (arrays, stacked))
+        x, _ = jax.lax.scan(rematerialised(layer) if remat else layer, x, (arrays, stacked))
     return rms_norm(by_sequence(x), params["norm"], cfg.norm_eps, first_gates.get("d"), cfg.norm_width)
 
 

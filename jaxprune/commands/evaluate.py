@@ -12,6 +12,7 @@ from jaxprune import evaluate as evaluation
 from jaxprune._text import beginnings
 from jaxprune.commands import _devices
 from jaxprune.commands._common import ModelName, Output, flag, stage
+from jaxprune.commands._compute import Compute
 
 WINDOW = 1024
 
@@ -46,6 +47,7 @@ class Evaluate:
     dtype: Annotated[Literal["float32", "bfloat16"] | None, flag("{float32,bfloat16}", "as stored")] = None
     """Type of the weights."""
     devices: _devices.Devices = _devices.Devices()
+    compute: Compute = Compute()
     output: Output = Output()
 
 

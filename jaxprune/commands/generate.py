@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxprune import folder
 from jaxprune.commands._common import ModelName, Output, flag, stage
+from jaxprune.commands._compute import Compute
 from jaxprune.models import decode
 
 
@@ -29,6 +30,7 @@ class Generate:
     """0 takes the most likely token each time; more is more random."""
     seed: Annotated[int, flag("N")] = 0
     """Of the sampling."""
+    compute: Compute = Compute()
     output: Output = Output()
 
 

@@ -15,6 +15,7 @@ from jaxprune._scores_file import write_scores
 from jaxprune.commands import _budget, _devices
 from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described
 from jaxprune.commands._common import ModelName, Output, Profile, flag, layer_range, peak_memory, say, stage
+from jaxprune.commands._compute import Compute
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,7 @@ class Prune:
     reconstruction: Reconstruction = Reconstruction()
     shape: Shape = Shape()
     devices: _devices.Devices = _devices.Devices()
+    compute: Compute = Compute()
     output: Output = Output()
 
     def settings(self) -> pipeline.Settings:

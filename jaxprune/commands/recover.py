@@ -16,6 +16,7 @@ from jaxprune import _beside, _progress, data, folder, recovery
 from jaxprune._files import atomic_folder
 from jaxprune.commands import _devices, _distillation
 from jaxprune.commands._common import ModelName, Output, check_tokens, flag, peak_memory, say, stage
+from jaxprune.commands._compute import Compute
 from jaxprune.commands._distillation import Distillation
 from jaxprune.models import axes
 
@@ -65,6 +66,7 @@ class Recover:
     """Replace the output folder if it has content."""
     distillation: Distillation = Distillation()
     devices: _devices.Devices = _devices.Devices()
+    compute: Compute = Compute()
     output: Output = Output()
 
 
@@ -200,7 +202,7 @@ def _update(args: Recover, model: folder.Model, training: data.TrainingData, los
     flags = {
         f.name: getattr(args, f.name)
         for f in dataclasses.fields(args)
-        if f.name not in ("output", "out", "resume", "overwrite", "distillation", "devices")
+        if f.name not in ("output", "out", "resume", "overwrite", "distillation", "devices", "compute")
     }
     flags |= {name: value for name, value in dataclasses.asdict(args.distillation).items() if value is not None}
     paths = jax.tree_util.tree_flatten_with_path(model.params)[0]

@@ -15,6 +15,7 @@ from jaxprune._scores_file import read_scores
 from jaxprune.commands import _budget, evaluate, prune, recover, verify
 from jaxprune.commands._calibration import Calibration, Reconstruction
 from jaxprune.commands._common import ModelName, Output, flag
+from jaxprune.commands._compute import Compute
 from jaxprune.commands._stages import once, opened
 from jaxprune.commands.generate import check_prompt, continuation
 from jaxprune.models import checkpoint
@@ -80,6 +81,7 @@ class Run:
     shape: prune.Shape = prune.Shape()
     recovery: Recovery = Recovery()
     evaluation: Evaluation = Evaluation()
+    compute: Compute = Compute()
     output: Output = Output()
 
     def prune_flags(self) -> prune.Prune:
@@ -111,7 +113,7 @@ class Run:
 def run(args: Run) -> dict[str, Any]:
     """Runs the stages that are not complete, then writes the report."""
     _check(args)
-    settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")}
+    settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out", "compute")}
     with opened(args.out, settings, overwrite=args.overwrite):
         return _stages(args)
 

@@ -11,6 +11,7 @@ from jaxprune._json import plain
 from jaxprune.commands import _budget
 from jaxprune.commands._calibration import Calibration, draw, up_to_a_row
 from jaxprune.commands._common import ModelName, Output, Profile, flag, layer_range, stage
+from jaxprune.commands._compute import Compute
 from jaxprune.commands._stages import opened
 from jaxprune.commands._strategies import STRATEGIES, Effort, Task
 from jaxprune.search import points, sizes
@@ -61,6 +62,7 @@ class Search:
     calibration: Calibration = Calibration()
     effort: Effort = Effort()
     limits: Limits = Limits()
+    compute: Compute = Compute()
     output: Output = Output()
 
     def settings(self) -> pipeline.Settings:
@@ -106,7 +108,7 @@ class Search:
 def run(args: Search) -> dict[str, Any]:
     """Searches; returns the table of what was found."""
     settings, seconds = args.settings(), dict[str, float]()
-    given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")})
+    given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out", "compute")})
     with opened(args.out, given, overwrite=args.overwrite):
         with stage("loading", seconds):
             model = folder.load(args.model, args.dtype, needs_tokenizer=not data.is_token_file(args.calibration.calibration))

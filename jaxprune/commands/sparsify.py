@@ -15,6 +15,7 @@ from jaxprune._json import plain
 from jaxprune._progress import progress
 from jaxprune.commands._calibration import Calibration, described, draw, up_to_a_row
 from jaxprune.commands._common import ModelName, Output, flag, peak_memory, say, stage
+from jaxprune.commands._compute import Compute
 from jaxprune.commands._stages import opened
 from jaxprune.models import unit_counts
 from jaxprune.models.axes import MATRICES
@@ -64,6 +65,7 @@ class Sparsify:
     """Type of the weights. The fits are in float32 in any case."""
     overwrite: bool = False
     """Replace the output folder if it has content, and what an earlier run with other settings left behind."""
+    compute: Compute = Compute()
     output: Output = Output()
 
     def settings(self) -> sparsify.Sparsity:
@@ -92,7 +94,7 @@ def run(args: Sparsify) -> dict[str, Any]:
     """Sparsifies and saves; returns what happened, for a table."""
     asked, seconds = args.settings(), dict[str, float]()
     checkpoints = args.out.parent / f"{args.out.name}.sparsifying"
-    given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")})
+    given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out", "compute")})
     with atomic_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
             model = folder.load(args.model, args.dtype, needs_tokenizer=not data.is_token_file(args.calibration))

@@ -7,6 +7,7 @@ import tyro
 
 from jaxprune import data, folder, proof, sparsify
 from jaxprune.commands._common import Output, check_tokens, flag, say, stage
+from jaxprune.commands._compute import Compute
 from jaxprune.commands.sparsify import by_matrix
 from jaxprune.recovery.sparse import Pattern
 
@@ -29,6 +30,7 @@ class Verify:
     """Tokens in a sequence."""
     tensors: bool = False
     """List every tensor."""
+    compute: Compute = Compute()
     output: Output = Output()
 
 
