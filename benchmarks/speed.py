@@ -4,7 +4,7 @@
 
 SmolLM2-135M, 10 x 128 tokens, float32. Medians; what is compared runs in turn.
 
-- `limits`: the rate of a product of two 2048 x 2048 matrices, of the products of the model's own shapes (the matrices of a layer
+- `limits`: the rate of a product of two 2048 x 2048 matrices, of the products of the model's own shapes (matrices of a layer
   times all tokens), and of reading as many bytes as the weights have (their sum).
 - `scoring`: the programs of `scoring_time.py`, with the FLOPs of the matrix products in the compiled program; `limit` is the
   part of the best measured rate that the whole program reaches.

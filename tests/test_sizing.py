@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxprune import _hlo, models, sharding, sizing
+from jaxprune.models import losses
 
 CFG = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),) * 5 + (models.LayerDims(2, 2, 40),))
 
@@ -47,6 +48,14 @@ def test_a_mesh_shares_work_and_memory():
     assert one.weights == 4 * models.count_parameters(CFG) and one.weights <= one.arguments < 1.01 * one.weights
     assert one.weights / 4 <= spread.weights < one.weights / 3.5  # norms are on every device
     assert spread.work.collectives["all-gather"] > spread.weights / 2
+
+
+def test_more_devices_do_not_gather_the_head_more_often():
+    x = jax.ShapeDtypeStruct((8, 64, 4), "float32")
+    with jax.set_mesh(sharding.mesh_of("fsdp=8")):
+        spread = jax.eval_shape(lambda x: losses.chunks(x, 16), x)
+    one = jax.eval_shape(lambda x: losses.chunks(x, 16), jax.ShapeDtypeStruct((1, *x.shape[1:]), "float32"))
+    assert spread.shape[0] == one.shape[0] == 4  # one device has as many tokens as each of the eight
 
 
 @pytest.mark.parametrize("stage", ["score", "reconstruct", "recover"])
