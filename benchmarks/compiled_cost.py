@@ -25,7 +25,9 @@ import tyro
 
 GIB = 2**30
 DEVICES = (1, 2, 4, 8)
-GROWTH = dict(layers=(2, 8, 32, 80), width=(128, 256, 512, 1024), vocabulary=(2048, 8192, 32768, 131072), shapes=(1, 2, 4, 8))
+GROWTH = dict(
+    layers=(4, 8, 16, 32, 64), width=(128, 256, 512, 1024), vocabulary=(2048, 8192, 32768, 131072), shapes=(1, 2, 4, 8)
+)
 LAYERS_OF_SHAPES = 16
 
 
