@@ -15,6 +15,7 @@ from jaxprune._progress import table
 from jaxprune.commands import bench, evaluate, export, generate, inspect, prune, recover, search, size, sparsify, verify
 from jaxprune.commands import run as everything
 from jaxprune.commands._common import pairs, say
+from jaxprune.commands._compute import using
 from jaxprune.commands._devices import prepared
 
 COMMANDS: dict[type, tuple[str, Callable[[Any], dict[str, Any]]]] = {
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, command = COMMANDS[type(args)]
     try:
         # The handler comes after the processes have met, for JAX has one of its own.
-        with prepared(getattr(args, "devices", None), getattr(args, "hosts", None)), _terminate.as_interrupt():
+        with prepared(getattr(args, "devices", None), getattr(args, "hosts", None)), using(args), _terminate.as_interrupt():
             with _hosts.alike():
                 _check_place(args.output.json)
             result = command(args)

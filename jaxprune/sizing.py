@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxprune import _beside, _hlo, _losses, methods, models, pipeline, recovery, sharding
-from jaxprune.models import LayerDims, LlamaConfig
+from jaxprune.models import LayerDims, LlamaConfig, Params
 from jaxprune.recovery.reconstruct import Sums, add_sums
 from jaxprune.recovery.train import State, update_state
 
@@ -76,6 +76,14 @@ def size(
     >>> found.weights == 4 * models.count_parameters(cfg), found.work.flops > 2 * 2 * 8 * cfg.decoder_parameters
     (True, True)
     """
+    params, lowered = lower(cfg, mesh, stage, batch=batch, length=length, dtype=dtype, method=method)
+    return size_of(lowered.compile(compiler_options=AS_STORED), params, cfg, stage)
+
+
+def lower(
+    cfg: LlamaConfig, mesh: Mesh, stage: str, *, batch: int, length: int, dtype: Any = jnp.bfloat16, method: str = "taylor"
+) -> tuple[Params, jax.stages.Lowered]:
+    """The parameters, which are not there, and the program of a stage before it is compiled; arguments as in `size`."""
     if stage not in STAGES:
         raise ValueError(f"stage: {stage!r} given; allowed are {', '.join(STAGES)}")
     if batch < 1 or length < 2:
@@ -91,7 +99,11 @@ def size(
             lowered = _recover(params, tokens, cfg, mesh)
         else:
             lowered = _reconstruct(params, tokens, cfg, mesh)
-    compiled = lowered.compile(compiler_options=AS_STORED)
+    return params, lowered
+
+
+def size_of(compiled: jax.stages.Compiled, params: Params, cfg: LlamaConfig, stage: str) -> Size:
+    """What a compiled program of `lower` takes."""
     memory, text, weights = compiled.memory_analysis(), compiled.as_text(), _bytes(params)
     assert memory is not None and text is not None, "XLA says nothing of its program"
     return Size(

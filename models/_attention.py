@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from jaxprune.models import _kernels
+from jaxprune.models._how import how
+
 BLOCKS, MULTIPLE = 8, 64  # at most so many blocks, of a multiple of so many queries
 
 
@@ -17,6 +20,8 @@ def attend(
 ) -> jax.Array:
     """softmax(q k^T * scale) v over the keys up to each query. A block skips keys that none of its queries sees.
 
+    Whole sequences, whose `start` is the integer 0 and that have no `mask_from`, go to what `computing` names instead.
+
     Args:
       q: [b, t, k, g, h], at positions start, start + 1, ...
       k, v: [b, s, k, h], at positions 0, 1, ...
@@ -30,6 +35,11 @@ def attend(
     """
     t, s = q.shape[1], k.shape[1]
     static = isinstance(start, int)
+    if how().attention != "blocks" and static and start == 0 and mask_from is None:
+        k, v = k[:, :t], v[:, :t]  # a cache has room for more
+        if how().attention == "splash":
+            return _kernels.splash(q, k, v, scale, window)
+        return _kernels.dot_product(q, k, v, scale, window, how().attention)
     size = -(-t // (BLOCKS * MULTIPLE)) * MULTIPLE
     q, k, v = q.transpose(0, 2, 3, 1, 4), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)  # b k g t h, b k s h
     if not static:  # decoding: without the barrier XLA fuses the transposition into a slow product where there is one group

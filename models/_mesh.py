@@ -20,9 +20,13 @@ def by_sequence(x: jax.Array, axis: int = 0) -> jax.Array:
       x: activations, of any shape.
       axis: the axis of the sequences.
     """
-    if ways(x.shape[axis]) == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, _names()))
+    names = spread_names(x.shape[axis])
+    return x if names is None else jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, names))
+
+
+def spread_names(n: int) -> tuple[str, ...] | None:
+    """The axes of the mesh that `n` sequences are spread over, or None where `by_sequence` leaves them alone."""
+    return None if ways(n) == 1 else _names()
 
 
 def ways(n: int) -> int:

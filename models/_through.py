@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.models import _taps
+from jaxprune.models._how import rematerialised
 from jaxprune.models._mesh import by_sequence, from_parts, in_parts
 from jaxprune.models.types import TAP_KINDS, Config, Params, PerLayer, Probes
 
@@ -34,7 +35,7 @@ def through(
             return _layer(z[0], by_sequence(x), block, z[1], microbatch, axis_name), None
 
         stacked = {kind: _stack(per_layer, run.start, run.length) for kind, per_layer in probes.items()}
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, (arrays, stacked))
+        x, _ = jax.lax.scan(rematerialised(layer) if remat else layer, x, (arrays, stacked))
     return x
 
 

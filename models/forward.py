@@ -26,7 +26,7 @@ def hidden(
       tokens: token ids.
       cfg: what `params` was made with.
       probes: see `jaxprune.models.types`; None is the plain model.
-      remat: keep only the residual stream between layers for the backward pass and recompute the rest.
+      remat: keep only the residual stream between layers for the backward pass and recompute the rest, see `computing`.
       microbatch: sequences that go through a layer at a time; it divides b. None is all of them. Changes memory, not results.
       axis_name: a mapped axis (`pmap`, `shard_map`) over which taps sum weight gradients before they reduce them.
     """

@@ -13,7 +13,7 @@ from jaxprune.models.types import Config, LossFn, Params, Probes, Tokens
 def token_losses(
     params: Params, x: Float[Array, "b t d"], targets: Int[Array, "b t"], cfg: Config, chunk: int = 256
 ) -> Float[Array, "b t"]:
-    """Cross-entropy of each target in nats, float32, with the logits of about `chunk` tokens in memory at a time."""
+    """Cross-entropy of each target in nats, float32, the logits of about `chunk` tokens at a time in memory of a device."""
 
     @jax.checkpoint
     def one(z):
@@ -24,9 +24,12 @@ def token_losses(
 
 
 def chunks(x: jax.Array, most: int) -> jax.Array:
-    """[b, t, ...] as parts [n, b, times, ...] of about `most` tokens: times of every sequence, so that a mesh shares each."""
+    """[b, t, ...] as parts [n, b, times, ...] of about `most` tokens: times of every sequence, so that a mesh shares each.
+
+    On a mesh each of its parts has so many: a head that is spread over it is gathered once a part of the tokens.
+    """
     b, t = x.shape[:2]
-    n = -(-t // max(1, most // b))
+    n = -(-t // max(1, most * ways(b) // b))
     times = -(-t // n)
     padded = jnp.pad(x, ((0, 0), (0, n * times - t)) + ((0, 0),) * (x.ndim - 2))
     return by_sequence(padded.reshape(b, n, times, *x.shape[2:]).swapaxes(0, 1), 1)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxprune.models import _rope, axes
+from jaxprune.models._how import rematerialised
 from jaxprune.models._mesh import by_sequence
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.llama import attention, mlp, project, rms_norm
@@ -131,7 +132,7 @@ def residuals(
 
     for run in cfg.runs:
         if arrays := params.get(run.name, {}):
-            x, states = jax.lax.scan(jax.checkpoint(layer) if remat else layer, x, arrays)
+            x, states = jax.lax.scan(rematerialised(layer) if remat else layer, x, arrays)
         else:
             states = jnp.broadcast_to(x, (run.length, *x.shape))
         out.append(states)

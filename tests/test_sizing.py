@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxprune import _hlo, models, sharding, sizing
+from jaxprune.models import decode, losses
 
 CFG = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),) * 5 + (models.LayerDims(2, 2, 40),))
 
@@ -49,11 +50,35 @@ def test_a_mesh_shares_work_and_memory():
     assert spread.work.collectives["all-gather"] > spread.weights / 2
 
 
+def test_more_devices_do_not_gather_the_head_more_often():
+    x = jax.ShapeDtypeStruct((8, 64, 4), "float32")
+    with jax.set_mesh(sharding.mesh_of("fsdp=8")):
+        spread = jax.eval_shape(lambda x: losses.chunks(x, 16), x)
+    one = jax.eval_shape(lambda x: losses.chunks(x, 16), jax.ShapeDtypeStruct((1, *x.shape[1:]), "float32"))
+    assert spread.shape[0] == one.shape[0] == 4  # one device has as many tokens as each of the eight
+
+
 @pytest.mark.parametrize("stage", ["score", "reconstruct", "recover"])
 def test_every_stage_is_compiled(stage):
     found = sizing.size(CFG, sharding.mesh_of("fsdp=2"), stage, batch=2, length=9)
     assert found.total > found.weights and found.work.flops > 0 and found.work.collectives["all-gather"] > 0
     assert (found.beside > 0) == (stage == "reconstruct")
+
+
+def test_more_layers_of_one_shape_are_no_more_products():
+    """Products before XLA optimises: loops over layers have one body, whatever their length."""
+
+    def products(stage, layers):
+        cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),) * layers)
+        if stage == "decode":
+            cache = jax.eval_shape(lambda: decode.init_cache(cfg, 1, 8))
+            token = jax.ShapeDtypeStruct((1,), jnp.int32)
+            return decode.step.lower(models.shapes(cfg), token, 0, cfg, cache).as_text().count("dot_general")
+        mesh = sharding.mesh_of("data=1")
+        return sizing.lower(cfg, mesh, stage, batch=2, length=9)[1].as_text().count("dot_general")
+
+    for stage in (*sizing.STAGES, "decode"):
+        assert products(stage, 2) == products(stage, 5) > 0, stage
 
 
 def test_the_command(capsys, tmp_path):

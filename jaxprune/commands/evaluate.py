@@ -12,6 +12,7 @@ from jaxprune import evaluate as evaluation
 from jaxprune._text import beginnings
 from jaxprune.commands import _devices
 from jaxprune.commands._common import ModelName, Output, flag, stage
+from jaxprune.commands._compute import Compute
 from jaxprune.models.mamba_config import only_llama
 
 WINDOW = 1024
@@ -48,6 +49,7 @@ class Evaluate:
     """Type of the weights."""
     devices: _devices.Devices = _devices.Devices()
     hosts: _devices.Hosts = _devices.Hosts()
+    compute: Compute = Compute()
     output: Output = Output()
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxprune import _hosts, folder
 from jaxprune.commands import _devices
 from jaxprune.commands._common import ModelName, Output, flag, stage
+from jaxprune.commands._compute import Compute
 from jaxprune.models import decode
 
 
@@ -32,6 +33,7 @@ class Generate:
     """Of the sampling."""
     devices: _devices.Devices = _devices.Devices()
     hosts: _devices.Hosts = _devices.Hosts()
+    compute: Compute = Compute()
     output: Output = Output()
 
 

@@ -13,6 +13,7 @@ from jaxprune._scores_file import write_scores
 from jaxprune.commands import _budget, _devices
 from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described
 from jaxprune.commands._common import ModelName, Output, Profile, flag, layer_range, peak_memory, say, stage
+from jaxprune.commands._compute import Compute
 from jaxprune.models import Config
 from jaxprune.models.mamba_config import only_llama
 
@@ -86,6 +87,7 @@ class Prune:
     shape: Shape = Shape()
     devices: _devices.Devices = _devices.Devices()
     hosts: _devices.Hosts = _devices.Hosts()
+    compute: Compute = Compute()
     output: Output = Output()
 
     def settings(self, cfg: Config | None = None) -> pipeline.Settings:

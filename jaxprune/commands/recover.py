@@ -15,6 +15,7 @@ import optax
 from jaxprune import _beside, _hosts, _progress, _terminate, data, folder, recovery
 from jaxprune.commands import _devices, _distillation
 from jaxprune.commands._common import ModelName, Output, check_tokens, flag, peak_memory, say, stage
+from jaxprune.commands._compute import Compute
 from jaxprune.commands._distillation import Distillation
 from jaxprune.models import axes
 
@@ -65,6 +66,7 @@ class Recover:
     distillation: Distillation = Distillation()
     devices: _devices.Devices = _devices.Devices()
     hosts: _devices.Hosts = _devices.Hosts()
+    compute: Compute = Compute()
     output: Output = Output()
 
     @property
@@ -212,7 +214,7 @@ def _update(args: Recover, model: folder.Model, training: data.TrainingData, los
     flags = {
         f.name: getattr(args, f.name)
         for f in dataclasses.fields(args)
-        if f.name not in ("output", "out", "resume", "overwrite", "distillation", "devices", "hosts")
+        if f.name not in ("output", "out", "resume", "overwrite", "distillation", "devices", "hosts", "compute")
     }
     flags |= {name: value for name, value in dataclasses.asdict(args.distillation).items() if value is not None}
     paths = jax.tree_util.tree_flatten_with_path(model.params)[0]

@@ -15,6 +15,7 @@ from jaxprune._scores_file import read_scores
 from jaxprune.commands import _budget, _devices, evaluate, prune, recover, verify
 from jaxprune.commands._calibration import Calibration, Reconstruction
 from jaxprune.commands._common import ModelName, Output, flag
+from jaxprune.commands._compute import Compute
 from jaxprune.commands._distillation import Distillation
 from jaxprune.commands._stages import kept, once, opened
 from jaxprune.commands.generate import check_prompt, continuation
@@ -86,6 +87,7 @@ class Run:
     evaluation: Evaluation = Evaluation()
     devices: _devices.Devices = _devices.Devices()
     hosts: _devices.Hosts = _devices.Hosts()
+    compute: Compute = Compute()
     output: Output = Output()
 
     def kept(self) -> str | None:
@@ -124,7 +126,8 @@ def run(args: Run) -> dict[str, Any]:
     """Runs the stages that are not complete, then writes the report."""
     with _hosts.alike():
         _check(args)
-    settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out", "hosts")}
+    left_out = ("output", "overwrite", "out", "hosts", "compute")
+    settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in left_out}
     with opened(args.out, settings, overwrite=args.overwrite):
         return _stages(args)
 

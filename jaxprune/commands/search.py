@@ -11,6 +11,7 @@ from jaxprune._json import plain
 from jaxprune.commands import _budget, _devices
 from jaxprune.commands._calibration import Calibration, draw, up_to_a_row
 from jaxprune.commands._common import ModelName, Output, Profile, flag, layer_range, stage
+from jaxprune.commands._compute import Compute
 from jaxprune.commands._stages import kept, opened
 from jaxprune.commands._strategies import STRATEGIES, Effort, Task
 from jaxprune.search import points, sizes
@@ -64,6 +65,7 @@ class Search:
     effort: Effort = Effort()
     limits: Limits = Limits()
     devices: _devices.Devices = _devices.Devices()
+    compute: Compute = Compute()
     output: Output = Output()
 
     def kept(self) -> str | None:
@@ -113,7 +115,7 @@ class Search:
 def run(args: Search) -> dict[str, Any]:
     """Searches; returns the table of what was found."""
     settings, seconds = args.settings(), dict[str, float]()
-    given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")})
+    given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out", "compute")})
     with opened(args.out, given, overwrite=args.overwrite):
         with stage("loading", seconds):
             needs_tokenizer = not data.is_token_file(args.calibration.calibration)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxprune import methods, models, sharding, sizing
 from jaxprune._accelerators import ACCELERATORS, USABLE
 from jaxprune.commands._common import Output, flag, say, stage
+from jaxprune.commands._compute import Compute
 from jaxprune.models import LayerDims, LlamaConfig, checkpoint
 from jaxprune.models._safetensors import read_json
 from jaxprune.models.mamba_config import only_llama
@@ -50,6 +51,7 @@ class Size:
     """Tokens in a sequence."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights."""
+    compute: Compute = Compute()
     output: Output = Output()
 
 

@@ -16,6 +16,7 @@ from jaxprune._progress import progress
 from jaxprune.commands import _devices
 from jaxprune.commands._calibration import Calibration, described, draw, up_to_a_row
 from jaxprune.commands._common import ModelName, Output, flag, peak_memory, say, stage
+from jaxprune.commands._compute import Compute
 from jaxprune.commands._stages import kept, opened
 from jaxprune.models import unit_counts
 from jaxprune.models.axes import MAMBA_MATRICES, MATRICES
@@ -66,6 +67,7 @@ class Sparsify:
     overwrite: bool = False
     """Replace the output folder if it has content, and what an earlier run with other settings left behind."""
     devices: _devices.Devices = _devices.Devices()
+    compute: Compute = Compute()
     output: Output = Output()
 
     @property
@@ -102,7 +104,7 @@ class Sparsify:
 def run(args: Sparsify) -> dict[str, Any]:
     """Sparsifies and saves; returns what happened, for a table."""
     asked, seconds = args.settings(), dict[str, float]()
-    given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out")})
+    given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out", "compute")})
     with atomic_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
             model = _devices.load_any(

@@ -8,6 +8,7 @@ import tyro
 from jaxprune import _hosts, data, folder, proof, sparsify
 from jaxprune.commands import _devices
 from jaxprune.commands._common import Output, check_tokens, flag, say, stage
+from jaxprune.commands._compute import Compute
 from jaxprune.commands.sparsify import by_matrix
 from jaxprune.recovery.sparse import Pattern
 
@@ -32,6 +33,7 @@ class Verify:
     """List every tensor."""
     devices: _devices.Devices = _devices.Devices()
     hosts: _devices.Hosts = _devices.Hosts()
+    compute: Compute = Compute()
     output: Output = Output()
 
 
