@@ -1,6 +1,7 @@
 """What a block is to `jaxprune sparsify`: which matrices read the same, what each reads, what the block passes on."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,20 +15,18 @@ class Blocks(NamedTuple):
     Attributes:
       groups: names of matrices that read the same, in the order in which tokens go through them.
       begin: (parameters, tokens [b, t], configuration) -> the residual stream before the first block, [b, t, d].
-      reads: (arrays of a block, first name of a group, stream before the block, configuration) -> what that group reads,
-        [b, t, ...].
-      after: (arrays of a block, stream before it, configuration) -> the stream after it.
+      reads: (arrays of a block, first name of a group, stream, configuration) -> what that group reads, [b, t, ...].
+      after: first name of the last group of a sublayer -> (arrays of a block, stream before the sublayer, configuration) -> the
+        stream after it, which is what later groups are given.
     """
 
     groups: tuple[tuple[str, ...], ...]
     begin: Callable[[Params, jax.Array, Any], jax.Array]
     reads: Callable[[dict, str, jax.Array, Any], jax.Array]
-    after: Callable[[dict, jax.Array, Any], jax.Array]
+    after: Mapping[str, Callable[[dict, jax.Array, Any], jax.Array]]
 
 
 def _llama_reads(p: dict, name: str, x: jax.Array, cfg: Any) -> jax.Array:
-    if name in ("gate", "down"):
-        x = sublayer(p, "o", x, cfg)
     if name in ("o", "down"):
         return reads(p, name, x, cfg)
     return rms_norm(x, p["attn_norm" if name == "q" else "mlp_norm"], cfg.norm_eps, width=cfg.norm_width)
@@ -37,13 +36,13 @@ LLAMA = Blocks(
     (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)),
     lambda params, tokens, cfg: params["embed"][tokens],
     _llama_reads,
-    lambda p, x, cfg: sublayer(p, "down", sublayer(p, "o", x, cfg), cfg),
+    {name: functools.partial(lambda name, p, x, cfg: sublayer(p, name, x, cfg), name) for name in ("o", "down")},
 )
 MAMBA = Blocks(
     (("in_proj",), ("x_proj",), ("dt_proj",), ("out_proj",)),
     mamba.embedded,
     lambda p, name, x, cfg: mamba.inputs(p, x, cfg)[0][name],
-    lambda p, x, cfg: mamba.block(p, x, cfg)[0],
+    {"out_proj": lambda p, x, cfg: mamba.block(p, x, cfg)[0]},
 )
 
 

@@ -73,14 +73,17 @@ def sparsify(
         name, i = where[layer]
         p = {n: x[i] for n, x in params.get(name, {}).items()}
         file = None if checkpoints is None else checkpoints / f"layer_{layer}.safetensors"
-        new, seen = _block(p, names[layer], stream, cfg, asked) if file is None or not file.is_file() else read_block(file)
-        if file is not None and not file.is_file():
-            write_block(file, new, seen)
+        if file is not None and file.is_file():
+            new, seen = read_block(file)
+            for group in kind.groups:
+                _advance(stream, p | new, group[0], cfg)
+        else:
+            new, seen = _block(p, names[layer], stream, cfg, asked)
+            if file is not None:
+                write_block(file, new, seen)
         for n, x in new.items():
             out[name][n][i] = x
             found[f"layers.{layer}.{n}"] = seen[n]
-        for at, x in enumerate(stream):
-            stream[at] = np.asarray(_after(p | new, x, cfg))
     put = _beside.like(params, cfg)
     changed = {
         run: params.get(run, {}) | {n: put((run, n), x) for n, x in arrays.items()} for run, arrays in out.items() if arrays
@@ -89,16 +92,15 @@ def sparsify(
 
 
 def _block(
-    p: dict, names: Sequence[str], stream: Sequence[Any], cfg: Config, asked: Sparsity
+    p: dict, names: Sequence[str], stream: list[np.ndarray], cfg: Config, asked: Sparsity
 ) -> tuple[dict[str, np.ndarray], dict[str, Matrix]]:
-    """The sparse matrices of a block, each group from what those before it pass on."""
+    """The sparse matrices of a block, each group from what those before it pass on; takes the stream through, in place."""
     new: dict[str, np.ndarray] = {}
     seen: dict[str, Matrix] = {}
     for group in blocks_of(cfg).groups:
-        if not (here := [n for n in group if n in names]):
-            continue
-        gram = np.asarray(sum(_gram(p | new, group[0], x, cfg) for x in stream), np.float64)
-        system = sparse.system(gram, asked.damp) if asked.method in ("sparsegpt", "apt") else None
+        if here := [n for n in group if n in names]:
+            gram = np.asarray(sum(_gram(p | new, group[0], x, cfg) for x in stream), np.float64)
+            system = sparse.system(gram, asked.damp) if asked.method in ("sparsegpt", "apt") else None
         for n in here:
             old = np.asarray(p[n])
             w = old.astype(np.float32).reshape(len(gram), -1).T  # out, in
@@ -107,6 +109,7 @@ def _block(
             made = new[n].astype(np.float32).reshape(len(gram), -1).T
             error = sparse.relative_loss(w, made, gram)
             seen[n] = Matrix(float((made == 0).mean()), sparse.violations(made, asked.pattern), error, notes)
+        _advance(stream, p | new, group[0], cfg)
     return new, seen
 
 
@@ -124,11 +127,18 @@ def _one(w: np.ndarray, gram: np.ndarray, system: sparse.System | None, asked: S
 
 @functools.partial(jax.jit, static_argnames=("name", "cfg"))
 def _gram(p, name, x, cfg):
-    """Sum of z z^T over tokens of what the matrix `name` reads when `x` comes to its block, float32[in, in]."""
+    """Sum of z z^T over tokens of what the matrix `name` reads when `x` comes to its sublayer, float32[in, in]."""
     rows = blocks_of(cfg).reads(p, name, by_sequence(x), cfg).reshape(x.shape[0] * x.shape[1], -1).astype(jnp.float32)
     return jnp.matmul(rows.T, rows, precision="highest")
 
 
-@functools.partial(jax.jit, static_argnames="cfg")
-def _after(p, x, cfg):
-    return blocks_of(cfg).after(p, by_sequence(x), cfg)
+def _advance(stream: list[np.ndarray], p: dict, name: str, cfg: Config) -> None:
+    """Takes the residual stream of all batches through the sublayer that ends with a group, if one does."""
+    if name in blocks_of(cfg).after:
+        for at, x in enumerate(stream):
+            stream[at] = np.asarray(_after(p, name, x, cfg))
+
+
+@functools.partial(jax.jit, static_argnames=("name", "cfg"))
+def _after(p, name, x, cfg):
+    return blocks_of(cfg).after[name](p, by_sequence(x), cfg)

@@ -56,7 +56,7 @@ def test_a_full_disk_for_checkpoints(refused, model, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("command", "module", "name"),
     [
-        ("prune", folder, "load"),
+        ("prune", folder, "load_any"),
         ("prune", data, "token_blocks"),
         ("prune", pipeline, "prune"),
         ("prune", folder, "save"),
