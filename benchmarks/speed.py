@@ -70,9 +70,11 @@ def limits(params: Any, cfg: Any, tokens: int) -> dict[str, tuple[Any, float]]:
     import jax
     import jax.numpy as jnp
 
+    from jaxprune.models import axes
+
     square, rows = jnp.ones((2048, 2048)), jnp.ones((tokens, cfg.d))
-    layer = {n: x[0] for n, x in params["run_0"].items() if n in ("q", "k", "v", "o", "gate", "up", "down")}
-    matrices = [x.reshape(-1, cfg.d).T if n in ("o", "down") else x.reshape(cfg.d, -1) for n, x in layer.items()]
+    layer = {n: params["run_0"][n][0] for n in axes.MATRICES}
+    matrices = [x.reshape(-1, cfg.d).T if n in axes.OUTPUT.values() else x.reshape(cfg.d, -1) for n, x in layer.items()]
     weights = jnp.concatenate([x.ravel() for x in jax.tree.leaves(params)])
     product, total = jax.jit(jnp.matmul), jax.jit(jnp.sum)
     every = jax.jit(lambda x, ws: [x @ w for w in ws])

@@ -1,6 +1,5 @@
 """What a block is to `jaxprune sparsify`: which matrices read the same, what each reads, what the block passes on."""
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -36,7 +35,7 @@ LLAMA = Blocks(
     (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)),
     lambda params, tokens, cfg: params["embed"][tokens],
     _llama_reads,
-    {name: functools.partial(lambda name, p, x, cfg: sublayer(p, name, x, cfg), name) for name in ("o", "down")},
+    {"o": lambda p, x, cfg: sublayer(p, "o", x, cfg), "down": lambda p, x, cfg: sublayer(p, "down", x, cfg)},
 )
 MAMBA = Blocks(
     (("in_proj",), ("x_proj",), ("dt_proj",), ("out_proj",)),

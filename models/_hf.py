@@ -155,8 +155,6 @@ def stored_biases(config: dict[str, Any]) -> tuple[str, ...]:
 
 def table_of(config: dict[str, Any]) -> Family:
     """The entry of the family of a file with this `config.json`."""
-    if _hf_mamba.is_mamba(config):
-        return Family(_hf_mamba.ARCHITECTURE)
     return FAMILIES[_family(config)]
 
 

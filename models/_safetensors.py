@@ -120,9 +120,9 @@ def open_folder(folder: Path) -> Source:
 
 def _take_apart(found: dict[str, _Place], cfg: Config, config: dict[str, Any], where: str) -> None:
     """Replaces each tensor that holds several arrays by its parts, and says where rows belong that are in another order."""
-    name, table = tensor_names(config), _hf.table_of(config)
     if isinstance(cfg, MambaConfig):
         return
+    name, table = tensor_names(config), _hf.table_of(config)
     for layer, number in _hf.numbering(config).items():
         size, letters = cfg.sizes(cfg.layers[layer]), cfg.layer_arrays(cfg.layers[layer])
         for fused, arrays in table.fused.items():

@@ -13,6 +13,7 @@ from jaxprune._text import beginnings
 from jaxprune.commands import _devices
 from jaxprune.commands._common import ModelName, Output, flag, stage
 from jaxprune.commands._compute import Compute
+from jaxprune.models import checkpoint
 from jaxprune.models.mamba_config import only_llama
 
 WINDOW = 1024
@@ -58,11 +59,12 @@ def run(args: Evaluate) -> dict[str, Any]:
     with _hosts.alike():
         text, choices = inputs(args)
     tasks = _tasks(args)
+    if choices is not None or tasks is not None:
+        with _hosts.alike():
+            only_llama(checkpoint.read_config(args.model), "choice and tasks")
     with stage("loading", {}):
         needed = isinstance(text, str) or choices is not None or tasks is not None
         model = _devices.load_any(args.devices, args.model, args.dtype, needs_tokenizer=needed)
-    if choices is not None or tasks is not None:
-        only_llama(model.cfg, "choice and tasks")
     result = measured(model, args, text, choices)
     if tasks is not None:
         result["tasks"] = harness.run_tasks(model, tasks, limit=args.limit, num_fewshot=args.num_fewshot)
