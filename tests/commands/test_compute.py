@@ -47,6 +47,16 @@ def test_precision_is_set_while_a_command_runs():
     assert "HIGHEST" not in program()
 
 
+@pytest.fixture
+def quick_programs_too():
+    """Programs are kept however little time they took to compile."""
+    before = jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
+
+
+@pytest.mark.usefixtures("quick_programs_too")
 def test_programs_are_kept_where_asked_and_only_there(jaxprune, dense, text, tmp_path):
     before = jax.config.values["jax_compilation_cache_dir"]
     cache, window = tmp_path / "cache", 48  # programs of a length that no other test uses
