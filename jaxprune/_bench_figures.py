@@ -40,7 +40,7 @@ def quality_size_figure(rows: Sequence[Row]) -> "matplotlib.figure.Figure":
     ax.invert_xaxis()
     _logarithmic(ax, ax.yaxis, [dense[quality], *(height for *_, height in ends)])
     _names(ax, rows, ends)
-    _plot.label(ax, f"Perplexity and size{_cut_off(rows, quality, top)}", "decoder parameters kept (%)", quality)
+    _plot.label(ax, f"Perplexity and size{_cut_off(rows, quality, top)}", "decoder parameters kept, not zero (%)", quality)
     return figure
 
 

@@ -20,10 +20,12 @@ FORMATS = {
     "accuracy": ".1%",
     "accuracy, normalised": ".1%",
     "decode, tokens/s": ",.1f",
+    "error": ".2f",
     "seconds": ".1f",
 }
 LEGEND = (
-    "`decoder parameters` are those of the attention and MLP matrices, and `fraction removed` is of them. `seconds` are "
+    "`decoder parameters` are those of the attention and MLP matrices, and `fraction removed` is of them; in a sparse model "
+    "they are zero instead, and `error` is the relative squared error of the outputs of its matrices, summed. `seconds` are "
     "those of scoring and cutting on the clock, compilation included, loading and evaluation not. `peak memory` is the "
     "largest resident size of the cell's process until the cut is made: Python, JAX, loading, scoring and cutting, without "
     "evaluation and without the memory of an accelerator; for the dense model it is that of loading. `worse than random`: "
@@ -57,6 +59,7 @@ def _row(cell: Mapping[str, Any]) -> Row:
     sizes, rest = list(MEASURED.items())[:2], list(MEASURED.items())[2:]
     row = head | {column: metrics[key] for key, column in sizes} | {"fraction removed": cell["fraction_removed"]}
     row |= {column: float(value) for column, value in windows.items()}  # JSON has no infinity: it is the text "inf"
+    row |= {"error": cell["relative_error"]} if "relative_error" in cell else {}
     row |= {"seconds": cell["seconds"]} if "seconds" in cell else {}
     row |= {"peak memory, MiB": round(cell["peak_memory"] / 2**20)}
     row |= {column: metrics[key] for key, column in rest if key in metrics}

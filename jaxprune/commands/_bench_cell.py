@@ -9,14 +9,17 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from jaxprune import folder, methods, pipeline
+from jaxprune import folder, methods, pipeline, sparsify
 from jaxprune._json import plain
 from jaxprune._progress import progress
 from jaxprune.commands import _devices, evaluate
 from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described
 from jaxprune.commands._common import peak_memory, say, stage
+from jaxprune.commands.sparsify import calibrated
+from jaxprune.recovery import sparse
 from jaxprune.scorers.taylor import KINDS
 
+SPARSE = "sparse:"  # in front of the methods of `jaxprune sparsify`
 # Ctrl-C ends the child at once and without a word: the process that started it says what there is to say.
 START = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); from jaxprune.commands._bench_cell import main; main()"
 
@@ -26,8 +29,8 @@ class Cell(NamedTuple):
 
     Attributes:
       model, dtype: see `folder.load`.
-      method: a name, `taylor:VARIANT`, or None for the dense model.
-      ratio: fraction to remove.
+      method: a name, `taylor:VARIANT`, `sparse:METHOD`, `sparse:METHOD:N:M`, or None for the dense model.
+      ratio: fraction to remove, or of zeros.
       calibration: fields of `_calibration.Calibration`.
       evaluation: fields of `evaluate.Evaluate` besides the model, its type and its devices.
       devices: fields of `_devices.Devices`.
@@ -42,12 +45,21 @@ class Cell(NamedTuple):
     devices: dict[str, Any]
 
 
-def settings(method: str, ratio: float, seed: int, devices: _devices.Devices) -> pipeline.Settings:
-    """The settings of a method as `prune --method` has them.
+def ratios(method: str, asked: tuple[float, ...]) -> tuple[float, ...]:
+    """The ratios that a method is measured at: N:M is one by itself."""
+    pattern = method.removeprefix(SPARSE).partition(":")[2] if method.startswith(SPARSE) else ""
+    return (sparse.n_of_m(pattern).fraction,) if pattern else asked
+
+
+def settings(method: str, ratio: float, seed: int, devices: _devices.Devices) -> pipeline.Settings | sparsify.Sparsity:
+    """The settings of a method as `prune --method` or `sparsify --method` has them.
 
     Raises:
       ValueError: there is no such method or variant, or the ratio is out of range.
     """
+    if method.startswith(SPARSE):
+        name, _, pattern = method.removeprefix(SPARSE).partition(":")
+        return sparsify.Sparsity(method=name, pattern=sparse.n_of_m(pattern) if pattern else sparse.Pattern(ratio))
     name, _, variant = method.partition(":")
     if ":" in method and (name != "taylor" or variant not in KINDS):
         raise ValueError(
@@ -96,13 +108,14 @@ def measured(cell: Cell) -> dict[str, Any]:
 
     Returns:
       - `metrics`: what `evaluate` measures;
-      - `fraction_removed`: of the parameters of the attention and MLP matrices;
+      - `fraction_removed`: of the parameters of the attention and MLP matrices, or how many of them are zero;
       - `peak_memory`: bytes, the largest resident size of this process until the cut is made: Python, JAX, loading the weights,
         reading calibration text, scoring and cutting with their compilation. Evaluation comes later and is not included, nor is
         the memory of an accelerator. That of the dense model is what loading takes;
       - `versions`, the device among them;
       - unless the model is dense: `seconds` on the clock for scoring and cutting with their compilation, without loading,
-        reading calibration text and evaluation; `settings`, `calibration` and `notes`.
+        reading calibration text and evaluation; `settings`, `calibration` and `notes`;
+      - of a sparse model: `relative_error` of the outputs of its matrices, summed.
 
     Raises:
       ValueError, OSError: the cell cannot be measured, and a user can tell why.
@@ -114,15 +127,15 @@ def measured(cell: Cell) -> dict[str, Any]:
         model = _devices.load(devices, cell.model, cell.dtype)
     before, own = model.cfg.decoder_parameters, dict[str, Any]()
     if cell.method is not None:
-        model, own = _pruned(cell, cell.method, model)
+        how = settings(cell.method, cell.ratio, cell.calibration["seed"], devices)
+        model, own = _pruned(cell, how, model) if isinstance(how, pipeline.Settings) else _sparsified(cell, how, model)
     own["peak_memory"] = peak_memory()
-    own["fraction_removed"] = 1 - model.cfg.decoder_parameters / before
+    own.setdefault("fraction_removed", 1 - model.cfg.decoder_parameters / before)
     return own | dict(metrics=evaluate.measured(model, flags, text, choices), versions=folder.versions())
 
 
-def _pruned(cell: Cell, method: str, model: folder.Model) -> tuple[folder.Model, dict[str, Any]]:
+def _pruned(cell: Cell, how: pipeline.Settings, model: folder.Model) -> tuple[folder.Model, dict[str, Any]]:
     flags = Calibration(**cell.calibration)
-    how = settings(method, cell.ratio, flags.seed, _devices.Devices(**cell.devices))
     tokens = fit = read = None
     if methods.find(how.method).needs != "weights":
         calibration, fit = calibration_tokens(flags, Reconstruction(), how, model, how.target)
@@ -133,4 +146,27 @@ def _pruned(cell: Cell, method: str, model: folder.Model) -> tuple[folder.Model,
     seconds = time.perf_counter() - begin
     return model._replace(params=small.params, cfg=small.cfg), dict(
         seconds=seconds, settings=how, calibration=read, notes=small.notes
+    )
+
+
+def _sparsified(cell: Cell, how: sparsify.Sparsity, model: folder.Model) -> tuple[folder.Model, dict[str, Any]]:
+    sparsify.chosen(model.cfg, how)
+    flags = Calibration(**cell.calibration)
+    if flags.candidates > 1:
+        raise ValueError(f"candidates: {flags.candidates} given; that is for methods that prune units; leave it out")
+    calibration = calibrated(flags, model)
+    batches = pipeline.batches(calibration.tokens, model.params)
+    begin = time.perf_counter()
+    params, found = sparsify.sparsify(model.params, model.cfg, batches, how, progress=progress)
+    jax.block_until_ready(params)
+    seconds = time.perf_counter() - begin
+    matrices = [x for run in params.values() if isinstance(run, dict) for n, x in run.items() if n in model.cfg.matrices]
+    zeros = sum(float((x == 0).mean()) * x.size for x in matrices)
+    return model._replace(params=params), dict(
+        seconds=seconds,
+        settings=how,
+        calibration=described(calibration),
+        notes=tuple(dict.fromkeys(note for m in found.values() for note in m.notes)),
+        fraction_removed=zeros / model.cfg.decoder_parameters,
+        relative_error=sum(m.error for m in found.values()),
     )

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jaxprune import _bench_figures, _bench_table, _plot, data, methods
+from jaxprune import _bench_figures, _bench_table, _plot, data, methods, sparsify
 from jaxprune._files import atomic_bytes, atomic_text
 from jaxprune._json import write_json
 from jaxprune.commands import _bench_cell, _devices, evaluate
@@ -35,7 +35,7 @@ class Measurement:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench:
-    """Compare methods: prune a model by each, at each ratio, and measure all of them and the dense model alike.
+    """Compare methods: prune a model by each, or make it sparse, at each ratio, and measure these and the dense model alike.
 
     Perplexity, accuracy, parameters, seconds of scoring and cutting (compilation included; loading and evaluation not), peak
     memory of the process until the cut is made (evaluation not included), and speed. Each cell, a method at a ratio, runs in a
@@ -49,9 +49,11 @@ class Bench:
     out: Annotated[Path, flag("DIR")]
     """Folder for bench.json, bench.csv, bench.md, quality_size.png, seconds_quality.png and cells/."""
     methods: Annotated[str, flag("A,B")] = "all"
-    """Names that `jaxprune methods` lists; taylor:VARIANT is a variant of the Taylor score, as in taylor:param_second."""
+    """Names that `jaxprune methods` lists; taylor:VARIANT is a variant of the Taylor score, as in taylor:param_second;
+    sparse:METHOD is a method of `jaxprune sparsify`, sparse:METHOD:N:M the same with N:M at its own ratio, as in
+    sparse:apt:2:4."""
     ratios: Annotated[tuple[float, ...], flag("R [R ...]")] = (0.2,)
-    """Fractions of the parameters of all attention and MLP matrices to remove."""
+    """Fractions of the parameters of all attention and MLP matrices to remove, or to set to zero."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights."""
     overwrite: bool = False
@@ -69,7 +71,10 @@ class Bench:
         """Name -> what is measured; the dense model comes first."""
         names = list(methods.METHODS) if self.methods == "all" else self.methods.split(",")
         asked = {"dense": (None, 0.0)} | {
-            f"{name.replace(':', '-')}-{ratio}": (name, ratio) for ratio in self.ratios for name in names
+            f"{name.replace(':', '-')}-{ratio}": (name, ratio)
+            for among in self.ratios
+            for name in names
+            for ratio in _bench_cell.ratios(name, (among,))
         }
         fixed = dict(
             calibration=dataclasses.asdict(self.calibration),
@@ -111,7 +116,8 @@ def _check(args: Bench, asked: dict[str, Cell]) -> None:
         for c in asked.values()
         if c.method is not None
     ]
-    if args.calibration.calibration != "self" and any(methods.find(s.method).needs != "weights" for s in used):
+    reads = (isinstance(s, sparsify.Sparsity) or methods.find(s.method).needs != "weights" for s in used)
+    if args.calibration.calibration != "self" and any(reads):
         data.read_text(args.calibration.calibration)
 
 

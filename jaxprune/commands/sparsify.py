@@ -112,7 +112,9 @@ def run(args: Sparsify) -> dict[str, Any]:
             )
         names = sparsify.chosen(model.cfg, asked)
         with stage("reading calibration text", seconds):
-            calibration = _calibration(args, model)
+            calibration = calibrated(
+                Calibration(calibration=args.calibration, samples=args.samples, length=args.length, seed=args.seed), model
+            )
         given |= dict(sha256=calibration.sha256, layers=plain(model.cfg.layers))
         with opened(args.checkpoints, given, overwrite=args.overwrite):
             with stage(f"sparsifying, {args.method}", seconds):
@@ -153,14 +155,15 @@ def by_matrix(found: dict[str, tuple[float, int]], errors: dict[str, float] | No
     return rows
 
 
-def _calibration(args: Sparsify, model: folder.Model) -> data.Calibration:
+def calibrated(flags: Calibration, model: folder.Model) -> data.Calibration:
     """The tokens; sizes that were not asked for are those of the papers, or less where there is no accelerator."""
     accelerated = jax.default_backend() != "cpu"
     samples, length = SIZES[accelerated]
-    length = min(length, model.cfg.max_positions, up_to_a_row(args.calibration, length))
-    flags = Calibration(calibration=args.calibration, seed=args.seed)
-    found = draw(flags, model, args.samples or samples, args.length or length, args.samples is None)
-    if not accelerated and (args.samples is None or args.length is None):
+    length = min(length, model.cfg.max_positions, up_to_a_row(flags.calibration, length))
+    found = draw(flags, model, flags.samples or samples, flags.length or length, flags.samples is None)
+    if flags.calibration_sha256 is not None:
+        data.check_sha256(flags.calibration_sha256, found.sha256, flags.calibration)
+    if not accelerated and (flags.samples is None or flags.length is None):
         say(f"note: no accelerator, so the default is {samples} x {length} tokens; with one it is 128 x 2048, as published")
     return found
 

@@ -10,7 +10,8 @@ import pytest
 from jaxprune.commands import _bench_cell
 
 SMALL = ("--samples", 2, "--length", 16, "--window", 32, 16, "--max-tokens", 64)
-CELLS = ["dense", "random-0.3", "taylor-0.3", "random-0.9", "taylor-0.9"]
+METHODS = "random,taylor,sparse:wanda:2:4"
+CELLS = ["dense", "random-0.3", "taylor-0.3", "sparse-wanda-2-4-0.5", "random-0.9", "taylor-0.9"]
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def finished(dense, tmp_path_factory):
     from jaxprune import cli
 
     out = tmp_path_factory.mktemp("bench") / "out"
-    words = ("bench", dense, "--out", out, "--methods", "random,taylor", "--ratios", 0.3, 0.9, *SMALL)
+    words = ("bench", dense, "--out", out, "--methods", METHODS, "--ratios", 0.3, 0.9, *SMALL)
     with pytest.raises(SystemExit) as stopped:
         cli.main([str(word) for word in words])
     assert stopped.value.code == 0
@@ -42,6 +43,9 @@ def test_every_cell_is_measured(finished):
     assert small["fraction_removed"] == pytest.approx(1 - kept) == pytest.approx(0.3, abs=0.005)
     for cell in (dense, small):
         assert {"perplexity", "perplexity_at_16", "decode_tokens_per_second"} <= cell["metrics"].keys()
+    sparse = cells["sparse-wanda-2-4-0.5"]
+    assert sparse["fraction_removed"] == 0.5 and 0 < sparse["relative_error"] < 14  # of two layers' matrices
+    assert sparse["metrics"]["decoder_parameters"] == dense["metrics"]["decoder_parameters"]
     assert "at most 70.0% can go" in cells["random-0.9"]["failed"] and "metrics" not in cells["taylor-0.9"]
 
 
@@ -50,10 +54,11 @@ def test_tables_and_figures(finished):
 
     with (finished / "bench.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == ["dense", "random", "taylor", "random", "taylor"]
-    assert rows[1]["perplexity at 32"] and not rows[3]["perplexity at 32"] and rows[3]["note"].startswith("failed: ")
+    assert [row["method"] for row in rows] == ["dense", "random", "taylor", "sparse:wanda:2:4", "random", "taylor"]
+    assert rows[1]["perplexity at 32"] and not rows[4]["perplexity at 32"] and rows[4]["note"].startswith("failed: ")
+    assert rows[3]["error"] and not rows[1]["error"]
     page = (finished / "bench.md").read_text()
-    assert re.findall("^## (.*)$", page, re.M) == ["Ratio 0.3", "Ratio 0.9"] and page.count("failed: ") == 2
+    assert re.findall("^## (.*)$", page, re.M) == ["Ratio 0.3", "Ratio 0.5", "Ratio 0.9"] and page.count("failed: ") == 2
     for figure in ("quality_size", "seconds_quality"):
         assert image.imread(finished / f"{figure}.png").std() > 0.01
 
@@ -64,9 +69,9 @@ def test_only_what_is_missing_is_measured_again(finished, bench, tmp_path, monke
     asked = []
     result = json.loads((finished / "cells" / "taylor-0.3.json").read_text())
     monkeypatch.setattr(_bench_cell, "apart", lambda cell: (asked.append((cell.method, cell.ratio)), result)[1])
-    done = bench(out, "--methods", "random,taylor", "--ratios", 0.3, 0.9, "--json", tmp_path / "b.json")
+    done = bench(out, "--methods", METHODS, "--ratios", 0.3, 0.9, "--json", tmp_path / "b.json")
     assert done.status == 0 and asked == [("taylor", 0.3)]
-    assert re.findall("^== (.*)$", done.err, re.M) == ["taylor-0.3 (cell 3 of 5)"]
+    assert re.findall("^== (.*)$", done.err, re.M) == ["taylor-0.3 (cell 3 of 6)"]
     assert (out / "bench.csv").read_bytes() == (finished / "bench.csv").read_bytes()
     assert [row["failed"] for row in json.loads((tmp_path / "b.json").read_text())["failed"]] == ["random-0.9", "taylor-0.9"]
     assert "random-0.9" in done.out
@@ -112,6 +117,8 @@ def test_ctrl_c_leaves_the_cells_that_are_there(finished, bench, tmp_path, monke
     [
         (("--methods", "random,tailor"), "method: 'tailor' given; allowed are kfac-obs, taylor, "),
         (("--methods", "random:l2"), "methods: 'random:l2' given; only taylor has variants: taylor:param_first, "),
+        (("--methods", "sparse:taylor"), "method: 'taylor' given; allowed are magnitude, wanda, sparsegpt, apt"),
+        (("--methods", "sparse:apt:4:2"), "nm: '4:2' given"),
         (("--ratios", 0.2, 1.5), "ratio: 1.5 given; allowed is between 0 and 1"),
         (("--text", "nowhere.txt"), "nowhere.txt: no such file"),
         (("--calibration", "nowhere.txt"), "nowhere.txt: no such file"),
