@@ -9,13 +9,14 @@ with nothing else. The first 90 % of the text are for the tokenizer (byte-level 
 trained anew. Prints a Markdown table.
 """
 
-import argparse
+import dataclasses
 import tempfile
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
+import tyro
 
 import jaxprune
 from jaxprune import evaluate, folder, models, sparsify
@@ -27,6 +28,34 @@ from jaxprune.recovery import sparse
 
 PATTERNS = {"0.5": sparse.Pattern(0.5), "2:4": sparse.n_of_m("2:4")}
 METHODS = ("random", "magnitude", "taylor", "gate-taylor", "fisher")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Trains a small Mamba and compares methods on it."""
+
+    text: str = "builtin"
+    """Text as for `jaxprune prune --calibration`, such as a file."""
+    out: Path | None = None
+    """Folder of the trained model."""
+    vocab: int = 2048
+    """Tokens of the tokenizer."""
+    width: int = 256
+    """Channels of the residual stream; a layer has twice as many inside."""
+    layers: int = 4
+    """Layers."""
+    steps: int = 300
+    """Updates of the training."""
+    batch: int = 8
+    """Sequences of an update."""
+    length: int = 128
+    """Tokens in a sequence."""
+    learning_rate: float = 4e-3
+    """The highest, after warmup."""
+    held_out_tokens: int = 8192
+    """Tokens that perplexity is measured on."""
+    seed: int = 0
+    """Of weights and windows."""
 
 
 def tokenizer_of(text: str, vocab: int):
@@ -44,7 +73,7 @@ def tokenizer_of(text: str, vocab: int):
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
 
 
-def trained(text: str, args: argparse.Namespace) -> folder.Model:
+def trained(text: str, args: Args) -> folder.Model:
     """A new model after `--steps` steps of AdamW on random windows of the text."""
     tokenizer = tokenizer_of(text, args.vocab)
     layers = (models.MambaDims(2 * args.width),) * args.layers
@@ -53,10 +82,8 @@ def trained(text: str, args: argparse.Namespace) -> folder.Model:
     )
     tokens, rng = tokenise(tokenizer, text), np.random.default_rng(args.seed)
     rate = optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, args.steps // 10, args.steps)
-    tx, loss = (
-        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.1)),
-        models.loss_fn(cfg, remat=False),
-    )
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.1))
+    loss = models.loss_fn(cfg, remat=False)
 
     @jax.jit
     def step(params, state, batch):
@@ -96,21 +123,8 @@ def rows(model: folder.Model, calibration: np.ndarray, held_out: np.ndarray, win
             yield f"channels, {ratio}", method, perplexity(small.params, small.cfg), small.cfg.decoder_parameters / dense
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", default="builtin", help="a text file")
-    parser.add_argument("--out", type=Path, help="folder of the trained model")
-    parser.add_argument("--vocab", type=int, default=2048)
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=4e-3)
-    parser.add_argument("--held-out-tokens", type=int, default=8192)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-
+def main(args: Args) -> None:
+    """Trains the model unless it is there, and prints the table."""
     source = read_text(args.text)
     text = source.separator.join(source.pieces)
     cut = int(0.9 * len(text))
@@ -130,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Args))

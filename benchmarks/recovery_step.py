@@ -7,17 +7,39 @@ Each row gives the least wall time and CPU time of `--repeats` calls after compi
 one to compare on a machine that does other work.
 """
 
-import argparse
+import dataclasses
 import time
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+import tyro
 from _common import MIB, size
 
 from jaxprune import models, recovery
 from jaxprune.commands._common import peak_memory
 from jaxprune.models import checkpoint
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Args:
+    """Measures a LoRA step."""
+
+    model: str = "smollm2"
+    """Model to train."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of its weights."""
+    batch: int = 4
+    """Sequences of an update."""
+    length: int = 128
+    """Tokens in a sequence."""
+    rank: int = 8
+    """Of the adapters."""
+    chunk: int = 256
+    """Tokens whose logits exist at a time."""
+    repeats: int = 3
+    """Calls that count, after one that does not."""
 
 
 def measure(name, f, *args, repeats, donate=()):
@@ -36,17 +58,8 @@ def measure(name, f, *args, repeats, donate=()):
     print(f"{name:44s} {min(wall[1:]):7.2f} {min(cpu[1:]):7.2f} {temporaries:10.0f} {compiling:10.1f}", flush=True)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--chunk", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
-    args = parser.parse_args()
-
+def main(args: Args) -> None:
+    """Measures each program and prints its row."""
     params, cfg = checkpoint.load(args.model, dtype=getattr(jnp, args.dtype))
     adapter = recovery.lora.init(jax.random.key(0), params, cfg, rank=args.rank)
     tokens = jax.random.randint(jax.random.key(1), (args.batch, args.length), 0, cfg.vocab)
@@ -86,4 +99,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Args))
