@@ -35,6 +35,19 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
         jax.clear_caches()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Tests compile the same small programs over and over; here each is compiled once, for all processes of pytest-xdist."""
+    import jax
+
+    root = tmp_path_factory.getbasetemp()
+    jax.config.update(
+        "jax_compilation_cache_dir", str((root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "compiled")
+    )
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
 class Tiny(NamedTuple):
     """A random model with three layers in two runs, and int32[2, 12] tokens for it."""
 

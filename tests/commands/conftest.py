@@ -17,24 +17,6 @@ class Done(NamedTuple):
     err: str
 
 
-@pytest.fixture(scope="package", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Commands compile the same small programs over and over; here each is compiled once."""
-    import jax
-
-    settings = dict(
-        jax_compilation_cache_dir=str(tmp_path_factory.mktemp("compiled")),
-        jax_persistent_cache_min_compile_time_secs=0.3,
-        jax_persistent_cache_min_entry_size_bytes=0,
-    )
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory) -> Path:
     """The folder of a random model with two layers whose tokens are bytes; tests copy it before they damage it."""
