@@ -1,4 +1,4 @@
-"""Folders of the profiles hf, hf-padded and hf-custom in the installed transformers: 5 here, 4 in `make test-transformers-4`.
+"""Folders of the profiles hf, hf-padded and hf-custom, and of Mamba, in transformers: 5 here, 4 in `make test-transformers-4`.
 
 They are written by another process, which always has the version that the library itself needs.
 """
@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 WRITER = Path(__file__).parent / "write_folders.py"
-PROFILES = dict(hf=11, hf_padded=7, hf_custom=12)  # how many folders of each
+PROFILES = dict(hf=11, hf_padded=7, hf_custom=12, states=2)  # how many folders of each
 TOLERANCE = dict(float32=1e-5, bfloat16=5e-2)  # of the largest logit
 
 

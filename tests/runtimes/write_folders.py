@@ -1,4 +1,4 @@
-"""Writes folders of all three profiles for transformers, and what our own model computes with them, as a process of its own.
+"""Writes folders of Mamba and of all three profiles for transformers, and what our own models compute with them, as a process.
 
 The library needs transformers 5; the folders are then read by that one or by another.
 """
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import models
-from jaxprune.models import LayerDims, LlamaConfig
+from jaxprune.models import LayerDims, LlamaConfig, MambaConfig, MambaDims
 from jaxprune.models.export import hf, hf_custom, hf_padded
 
 A, B, GONE = LayerDims(2, 2, 48), LayerDims(1, 3, 40), LayerDims(0, 0, 0)
@@ -74,14 +74,20 @@ CUSTOM = dict(
     bfloat16=config(*MIXED),
     **{kind: config(LayerDims(0, 0, 40), B, **rope(kind)) for kind in ("dynamic", "yarn", "longrope")},
 )
-PROFILES = dict(hf=(hf, PLAIN), hf_padded=(hf_padded, PADDED), hf_custom=(hf_custom, CUSTOM))
+STATES = dict(
+    mamba=MambaConfig(vocab=300, d=32, dt_rank=2, state=4, layers=(MambaDims(64),) * 2),
+    narrow=MambaConfig(vocab=300, d=32, dt_rank=4, state=4, layers=(MambaDims(40),) * 2),
+)
+PROFILES = dict(
+    hf=(hf.write, PLAIN), hf_padded=(hf_padded.write, PADDED), hf_custom=(hf_custom.write, CUSTOM), states=(models.save, STATES)
+)
 PAD, LENGTH, NEW = (0, 3), 12, 8  # tokens of padding before each prompt, of it with them, and to generate
 GROWING = ("dynamic", "longrope")  # kinds whose rotations depend on how long the sequence is
 TEXTS = ("the quick <x>  fox .</s>", " héllo\n\n你好 ", "jumps")
 
 
 @functools.partial(jax.jit, static_argnames="cfg")
-def forward(params: models.Params, tokens: jax.Array, cfg: LlamaConfig) -> jax.Array:
+def forward(params: models.Params, tokens: jax.Array, cfg: models.Config) -> jax.Array:
     return models.apply(params, tokens, cfg)
 
 
@@ -101,13 +107,13 @@ def tokenizer() -> Any:
     )
 
 
-def random(cfg: LlamaConfig, dtype: str) -> models.Params:
+def random(cfg: models.Config, dtype: str) -> models.Params:
     """Parameters without a zero, so that nothing is equal by chance."""
     draw = np.random.default_rng(0).normal
     return jax.tree.map(lambda x: jnp.asarray(draw(0, 0.3, x.shape), dtype), models.shapes(cfg))
 
 
-def greedy(params: models.Params, cfg: LlamaConfig, tokens: np.ndarray) -> np.ndarray:
+def greedy(params: models.Params, cfg: models.Config, tokens: np.ndarray) -> np.ndarray:
     """The most likely tokens after each prompt, from logits of whole sequences: they start at 0, and no token sees the next."""
     start, rows = LENGTH - np.array(PAD), np.arange(len(tokens))
     sequences = np.stack([np.roll(row, -pad) for row, pad in zip(tokens, PAD, strict=True)])
@@ -122,11 +128,11 @@ def main(out: Path) -> None:
     prompt = np.where(np.arange(LENGTH) < np.array(PAD)[:, None], 2, tokens[:, :LENGTH]).astype(np.int32)
     arrays = dict(tokens=tokens, prompt=prompt)
     fast = tokenizer()
-    for profile, (module, cases) in PROFILES.items():
+    for profile, (write, cases) in PROFILES.items():
         for name, cfg in cases.items():
-            assert profile == "hf" or hf.problems(cfg)
+            assert profile in ("hf", "states") or hf.problems(cfg)
             params = random(cfg, "bfloat16" if name == "bfloat16" else "float32")
-            module.write(out / profile / name, params, cfg, fast)
+            write(out / profile / name, params, cfg, fast)
             arrays[f"{profile}/{name}/logits"] = np.asarray(forward(params, tokens, cfg))
             if name not in GROWING:
                 arrays[f"{profile}/{name}/greedy"] = greedy(params, cfg, tokens)
