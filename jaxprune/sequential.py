@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune import scorers
 from jaxprune._losses import Progress
-from jaxprune.models import LlamaConfig, Params, PerLayer, probes, sublayer
+from jaxprune.models import LlamaConfig, Params, PerLayer, embedded, probes, sublayer
 from jaxprune.models.axes import OUTPUT
 from jaxprune.plan import Widths, select
 from jaxprune.surgery import gates_of
@@ -59,14 +59,14 @@ def score(
     if not batches:
         raise ValueError("batches: none given; scores need at least one batch of calibration tokens")
     tokens = np.concatenate([np.asarray(b) for b in batches])
-    stream = params["embed"][tokens]
+    stream = embedded(params, jnp.asarray(tokens), cfg)
     places = np.split(np.arange(tokens.size, dtype=np.int32).reshape(tokens.shape), len(batches))
     where = [(run.name, i, run.dims) for run in cfg.runs for i in range(run.length)]
     out: list[dict[str, Any]] = []
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "scoring layer by layer"):
         name, i, dims = where[layer]
         p = {n: x[i] for n, x in params.get(name, {}).items()}
-        one = dataclasses.replace(cfg, layers=(dims,), vocab=tokens.size, tie_embeddings=True)
+        one = dataclasses.replace(cfg, layers=(dims,), vocab=tokens.size, tie_embeddings=True, embed_scale=None)
         alone = {"embed": stream.reshape(-1, cfg.d)} | ({"run_0": {n: x[None] for n, x in p.items()}} if p else {})
         scorer = make(one)
         if scorer.needs == "gradients":

@@ -1,5 +1,6 @@
 """What differs between the families of transformers that share LLaMA's shape: a family is one entry of this table."""
 
+import math
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -9,13 +10,22 @@ from jaxprune.models.config import LayerDims, LlamaConfig
 OURS = "jaxprune_llama"  # what no family can say, see `jaxprune.models.to_hf_config`
 LIKE_LLAMA = ("llama", "mistral", "qwen2")  # tried in this order for a model that its own family cannot say
 # Settings of `LlamaConfig` as LLaMA has them, and the keys of `config.json` that set them.
-TRAITS: dict[str, Any] = dict(sliding_window=None, partial_rotary=1.0, qk_norm=False, post_norms=False)
-KEYS = dict(sliding_window="sliding_window", partial_rotary="partial_rotary_factor") | {
-    trait: f"jaxprune_{trait}" for trait in ("qk_norm", "post_norms")
-}
+TRAITS: dict[str, Any] = dict(
+    sliding_window=None,
+    partial_rotary=1.0,
+    qk_norm=False,
+    post_norms=False,
+    norm_offset=False,
+    embed_scale=None,
+    activation="silu",
+)
+KEYS = {trait: f"jaxprune_{trait}" for trait in TRAITS} | dict(
+    sliding_window="sliding_window", partial_rotary="partial_rotary_factor", activation="hidden_act"
+)
 NONE: Any = MappingProxyType({})
-GEMMA = "its layers are of two kinds, with and without a window, and it scales its embeddings and caps its logits"
-REFUSED = dict(Gemma2ForCausalLM=GEMMA, Gemma3ForCausalLM=GEMMA)  # architecture -> why
+KINDS = "its layers are of two kinds, with and without a window, and it scales its embeddings and caps its logits"
+REFUSED = dict(Gemma2ForCausalLM=KINDS, Gemma3ForCausalLM=KINDS)  # architecture -> why
+LEGACY_ACTIVATION = ("gemma",)  # whose first files say `gelu` and mean `gelu_pytorch_tanh`, as transformers reads them
 
 
 class Family(NamedTuple):
@@ -25,7 +35,7 @@ class Family(NamedTuple):
       architecture: its class in transformers.
       defaults: of transformers, for keys that a `config.json` leaves out.
       constants: keys of `config.json` that are the same for all its models.
-      fixed: the `TRAITS` in which all its models differ from LLaMA.
+      fixed: the `TRAITS` in which all its models differ from LLaMA; a function gives the value from the width of the stream.
       free: the `TRAITS` that `config.json` sets, by their `KEYS`.
       biases: key of `config.json` -> the matrices that have a bias if it is true.
       always: the matrices that always have a bias.
@@ -46,6 +56,10 @@ class Family(NamedTuple):
     names: dict[str, str] = NONE
     fused: dict[str, tuple[str, ...]] = NONE
     interleaved: bool = False
+
+    def key(self, trait: str) -> str:
+        """The key of `config.json` that sets a trait."""
+        return KEYS[trait]
 
 
 def _divisible(cfg: LlamaConfig, dims: LayerDims) -> bool:
@@ -70,6 +84,15 @@ GLM = dict(  # defaults
     attention_bias=True,
     pad_token_id=151329,
     eos_token_id=[151329, 151336, 151338],
+)
+GEMMA = dict(norm_offset=True, embed_scale=math.sqrt, activation="gelu_pytorch_tanh")  # fixed
+GEMMA_DEFAULTS = dict(
+    max_position_embeddings=8192,
+    head_dim=256,
+    tie_word_embeddings=True,
+    pad_token_id=0,
+    eos_token_id=1,
+    bos_token_id=2,
 )
 FAMILIES = dict(
     llama=Family(
@@ -130,6 +153,12 @@ FAMILIES = dict(
         fused=GATE_UP,
         interleaved=True,
     ),
+    gemma=Family(
+        "GemmaForCausalLM",
+        defaults=GEMMA_DEFAULTS | dict(num_key_value_heads=16),
+        fixed=GEMMA,
+        biases=dict(attention_bias=("q", "k", "v", "o")),
+    ),
     jaxprune_llama=Family("JaxpruneLlamaForCausalLM", free=tuple(TRAITS)),
 )
 
@@ -142,6 +171,11 @@ def beyond_llama(cfg: LlamaConfig) -> list[str]:
     ['norms of queries and keys']
     """
     what = dict(
-        qk_norm="norms of queries and keys", partial_rotary="heads that rotate in part", post_norms="norms behind sublayers"
+        qk_norm="norms of queries and keys",
+        partial_rotary="heads that rotate in part",
+        post_norms="norms behind sublayers",
+        norm_offset="norms whose gain is one more than their tensor",
+        embed_scale="scaled embeddings",
+        activation="an MLP gate other than SiLU",
     )
     return [words for trait, words in what.items() if getattr(cfg, trait) != TRAITS[trait]]

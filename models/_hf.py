@@ -6,6 +6,7 @@ from jaxprune.models import _hf_mamba
 from jaxprune.models._families import FAMILIES, KEYS, LIKE_LLAMA, OURS, REFUSED, TRAITS, Family, beyond_llama
 from jaxprune.models._hf_layers import layer_to_hf, layers_from_hf, number, positive, widths
 from jaxprune.models._hf_rope import OWN_LENGTH, partial_from_hf, rope_from_hf, rope_to_hf
+from jaxprune.models._hf_traits import fixed, traits_from_hf, traits_to_hf
 from jaxprune.models.config import LayerDims, LlamaConfig
 from jaxprune.models.mamba_config import MambaConfig
 from jaxprune.models.types import Config
@@ -45,7 +46,7 @@ def from_hf_config(config: dict[str, Any]) -> Config:
         layers.insert(position, LayerDims(0, 0, 0))
     absent = config.get("head_dim") is None
     head_dim = d // positive(config, "num_attention_heads") if absent else positive(config, "head_dim")
-    traits = TRAITS | FAMILIES[family].fixed | {t: config.get(KEYS[t], TRAITS[t]) for t in FAMILIES[family].free}
+    traits = traits_from_hf(config, family, d)
     theta, scaling = rope_from_hf(config, int(head_dim * traits["partial_rotary"]))
     eos = config.get("eos_token_id")
     return LlamaConfig(
@@ -108,7 +109,6 @@ def to_hf_config(cfg: Config) -> dict[str, Any]:
         head_dim=cfg.head_dim,
         num_hidden_layers=len(alive if plain else cfg.layers),
         **widths(alive[0] if plain else LayerDims(0, 0, 0)),
-        hidden_act="silu",
         rms_norm_eps=cfg.norm_eps,
         max_position_embeddings=cfg.max_positions,
         rope_parameters=rope,
@@ -118,9 +118,7 @@ def to_hf_config(cfg: Config) -> dict[str, Any]:
         pad_token_id=cfg.pad_id,
     )
     config |= {key: bool(set(cfg.biases) & set(names)) for key, names in table.biases.items()} | table.constants
-    for trait in table.free:
-        if plain or trait == "sliding_window" or getattr(cfg, trait) != TRAITS[trait]:
-            config[KEYS[trait]] = getattr(cfg, trait)
+    config |= traits_to_hf(cfg, family)
     if OWN_LENGTH in table.defaults:
         config[OWN_LENGTH] = dict(cfg.rope_scaling).get(OWN_LENGTH, table.defaults[OWN_LENGTH])
     if plain:
@@ -181,10 +179,12 @@ def _family(config: dict[str, Any]) -> str:
 
 
 def _refuse(config: dict[str, Any], family: str) -> None:
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; supported is 'silu'")
     if config.get("quantization_config"):
         raise ValueError("config.json: quantization_config is set; quantised checkpoints can only be read as GGUF")
+    if config.get("use_bidirectional_attention"):
+        raise ValueError(
+            "config.json: use_bidirectional_attention is true; supported are models whose tokens attend to earlier ones"
+        )
     table = FAMILIES[family]
     windows = config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or [])
     if windows and "use_sliding_window" in table.constants:
@@ -211,6 +211,6 @@ def can_say(family: str, cfg: LlamaConfig, dims: LayerDims) -> bool:
     if not table.says(cfg, dims) or dict(cfg.rope_scaling).get("rope_type") == "grid":
         return False
     possible = set(sum(table.biases.values(), table.always))
-    traits = TRAITS | table.fixed
+    traits = TRAITS | fixed(table, cfg.d)
     same = all(getattr(cfg, trait) == value for trait, value in traits.items() if trait not in table.free)
     return same and set(table.always) <= set(cfg.biases) <= possible

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from jaxprune.models import axes
 
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # as transformers calls them
+
 
 class LayerDims(NamedTuple):
     """Widths of one decoder layer; 0 means that this sublayer is gone.
@@ -50,6 +52,7 @@ class LlamaConfig:
       d: width of the residual stream.
       head_dim: size of one head. The softmax scale is `head_dim ** -0.5`.
       layers: widths of each decoder layer.
+      activation: of the MLP's gate, one of `ACTIVATIONS`.
       norm_eps: added to the mean square inside RMSNorm.
       rope_theta: base of the rotary frequencies.
       rope_scaling: Hugging Face's rope scaling settings as sorted pairs, e.g. `(("factor", 8.0), ("rope_type", "llama3"))`.
@@ -60,6 +63,8 @@ class LlamaConfig:
       partial_rotary: fraction of a head that rotates: its first `rotary_dim` dimensions (GLM).
       qk_norm: each query and each key goes through an RMSNorm over its head dimension before it rotates (Qwen3).
       post_norms: what a sublayer adds to the residual stream goes through an RMSNorm of its own before (GLM-4-0414).
+      norm_offset: the gain of an RMSNorm is one plus its array (Gemma).
+      embed_scale: what embeddings are multiplied by before the first layer, in the dtype of the weights (Gemma), or None.
       shortcuts: every layer has two matrices [d, d] that the residual stream is multiplied by before its attention and its MLP
         add to it, see `jaxprune.recovery.slice_gpt`.
       norm_width: what RMSNorm divides the sum of squares by, or None for the width of what it norms.
@@ -71,6 +76,7 @@ class LlamaConfig:
     d: int
     head_dim: int
     layers: tuple[LayerDims, ...]
+    activation: str = "silu"
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: tuple[tuple[str, Any], ...] = ()
@@ -81,6 +87,8 @@ class LlamaConfig:
     partial_rotary: float = 1.0
     qk_norm: bool = False
     post_norms: bool = False
+    norm_offset: bool = False
+    embed_scale: float | None = None
     shortcuts: bool = False
     norm_width: int | None = None
     family: str = "llama"
@@ -94,6 +102,8 @@ class LlamaConfig:
             raise ValueError(f"biases: {sorted(unknown)} given; allowed are {axes.MATRICES}")
         if self.post_norms and (added := [n for n in ("o", "down") if n in self.biases]):
             raise ValueError(f"biases: {added} given with post_norms; a bias that is normalised afterwards is not supported")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: {self.activation!r} given; allowed are {', '.join(ACTIVATIONS)}")
         if not self.layers:
             raise ValueError("layers: none given; a model needs at least one LayerDims")
         if self.head_dim % 2:

@@ -11,7 +11,7 @@ from jaxprune.models import _rope, axes
 from jaxprune.models._how import rematerialised
 from jaxprune.models._mesh import by_sequence
 from jaxprune.models.config import LlamaConfig
-from jaxprune.models.llama import attention, mlp, project, rms_norm
+from jaxprune.models.llama import attention, embedded, mlp, project, stream_norm
 from jaxprune.models.types import Axis, Params
 
 
@@ -78,7 +78,7 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
     >>> len(seen), seen[0].shape
     (3, (48,))
     """
-    x = params["embed"][tokens]
+    x = embedded(params, tokens, cfg)
     out: list[Any] = []
     for run in cfg.runs:
         if not (arrays := params.get(run.name, {})):
@@ -94,7 +94,7 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
                 x = project(p, name, x, z, cfg, {})
                 if z is not None:
                     norm = p["attn_norm" if axis == "k" else "mlp_norm"]
-                    sites[axis] = Site(p[name], z, rms_norm(before, norm, cfg.norm_eps, width=cfg.norm_width), before, x)
+                    sites[axis] = Site(p[name], z, stream_norm(before, norm, cfg), before, x)
             return x, reduce(sites)
 
         x, stacked = jax.lax.scan(layer, x, arrays)
@@ -122,7 +122,7 @@ def residuals(
     >>> states.shape, bool((last == models.hidden(params, tokens, cfg)).all())
     ((4, 1, 5, 32), True)
     """
-    x = params["embed"][tokens]
+    x = embedded(params, tokens, cfg)
     out = [x[None]]
 
     def layer(x, p):

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxprune.models import axes
 from jaxprune.models._mamba_init import initial
+from jaxprune.models.config import LlamaConfig
 from jaxprune.models.mamba_config import MambaConfig
 from jaxprune.models.types import Config, Params, Probes
 
@@ -23,7 +24,7 @@ def shapes(cfg: Config, dtype: Any = jnp.float32) -> Params:
 
 
 def init(key: jax.Array, cfg: Config, dtype: Any = jnp.float32) -> Params:
-    """Random parameters: norms one, biases zero, shortcuts the identity, matrices normal with standard deviation 0.02.
+    """Random parameters: gains of norms one, biases zero, shortcuts the identity, matrices normal with standard deviation 0.02.
 
     What else Mamba has starts as in `jaxprune.models._mamba_init`.
     """
@@ -37,7 +38,7 @@ def init(key: jax.Array, cfg: Config, dtype: Any = jnp.float32) -> Params:
         if isinstance(cfg, MambaConfig) and (own := initial(name, drawn / 0.02, cfg)) is not None:
             return jnp.asarray(own, leaf.dtype)
         if name.endswith("norm"):
-            return jnp.ones(leaf.shape, leaf.dtype)
+            return jnp.full(leaf.shape, 0 if isinstance(cfg, LlamaConfig) and cfg.norm_offset else 1, leaf.dtype)
         if name.endswith("_bias"):
             return jnp.zeros(leaf.shape, leaf.dtype)
         if name in axes.SHORTCUTS:

@@ -158,7 +158,7 @@ def _forward(params: models.Params, tokens: jax.Array, cfg: models.LlamaConfig, 
     if not keep:
         return models.hidden(params, tokens, cfg, remat=remat), None
     states = models.residuals(params, tokens, cfg, remat=remat)
-    return models.rms_norm(states[-1], params["norm"], cfg.norm_eps, width=cfg.norm_width), states
+    return models.stream_norm(states[-1], params["norm"], cfg), states
 
 
 def _check_numbers(

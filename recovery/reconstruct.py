@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxprune.models import LlamaConfig, Params, PerLayer, Run, axes, project, reads, sublayer
+from jaxprune.models import LlamaConfig, Params, PerLayer, Run, axes, embedded, project, reads, sublayer
 from jaxprune.models._mesh import by_sequence, on_host
 from jaxprune.models.axes import OUTPUT
 from jaxprune.recovery.least_squares import admm, least_squares_to
@@ -77,7 +77,7 @@ def reconstruct(
         raise ValueError("batches: none given; reconstruction needs at least one batch of calibration tokens")
     new_cfg = _with_biases(cfg) if target == "bias" else cfg
     out = {run.name: _writable(params, run, new_cfg) for run in cfg.runs}
-    dense = [params["embed"][jnp.asarray(b)] for b in batches]
+    dense = [embedded(params, jnp.asarray(b), cfg) for b in batches]
     pruned = dense  # the same list until the two streams part
     where = [(run.name, i, run.dims) for run in cfg.runs for i in range(run.length)]
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "reconstructing"):

@@ -23,6 +23,7 @@ CONFIGS = dict(
     qk_norm=BASE | dict(qk_norm=True),
     partial=BASE | dict(partial_rotary=0.5),
     post_norms=BASE | dict(post_norms=True),
+    gemma=BASE | dict(norm_offset=True, embed_scale=6.0, activation="gelu_pytorch_tanh"),
 )
 
 

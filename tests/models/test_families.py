@@ -27,6 +27,8 @@ KINDS = {  # a new family is a line here
     "glm": ("glm", dict(head_dim=16)),
     "glm-whole": ("glm", dict(head_dim=8, attention_bias=False, rope_parameters=WHOLE)),
     "glm4": ("glm4", dict(head_dim=16)),
+    "gemma": ("gemma", dict(head_dim=16)),
+    "gemma-biases": ("gemma", dict(head_dim=8, attention_bias=True, tie_word_embeddings=False)),
 }
 every = pytest.mark.parametrize("kind", KINDS)
 each_family = pytest.mark.parametrize("kind", [family for family in FAMILIES if family != OURS])
@@ -113,7 +115,7 @@ def test_residual_channels_are_cut_exactly(made, tokens):
     np.testing.assert_allclose(logits(small, jnp.asarray(tokens), small_cfg), masked, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "phi3", "glm4"])
+@pytest.mark.parametrize("kind", ["qwen3", "phi3", "glm4", "gemma"])
 def test_the_command_line_prunes_a_folder(made, tmp_path, tokens, logits_of):
     dense, small = made[1], tmp_path / "small"
     np.save(tmp_path / "tokens.npy", tokens)
@@ -126,7 +128,7 @@ def test_the_command_line_prunes_a_folder(made, tmp_path, tokens, logits_of):
     np.testing.assert_allclose(logits(params, jnp.asarray(tokens), cfg), logits_of(theirs, tokens), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "glm4"])
+@pytest.mark.parametrize("kind", ["qwen3", "glm4", "gemma"])
 def test_the_default_recipe_prunes_it_and_the_cut_is_exact(made, tokens):
     params, cfg = models.load(made[1])
     settings = pipeline.Settings(ratio=0.3)
@@ -171,6 +173,13 @@ def test_what_a_family_cannot_say_another_does(tmp_path, tokens, logits_of):
     theirs = transformers_of(tmp_path)
     assert theirs.config.model_type == "llama"
     np.testing.assert_allclose(logits(params, jnp.asarray(tokens), cfg), logits_of(theirs, tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_gelu_of_the_first_gemma_files_is_its_approximation(oracle, saved):
+    folder = saved(oracle("gemma", head_dim=16))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | dict(hidden_act="gelu")))
+    assert models.from_hf_config(config) == models.load(folder)[1]
 
 
 def test_post_norms_refuse_what_they_do_not_allow(oracle, saved, tokens):
