@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxprune.models import _rope, mamba
+from jaxprune.models._kinds import told
 from jaxprune.models.llama import block, embedded, head, stream_norm
 from jaxprune.models.mamba_config import MambaConfig
 from jaxprune.models.types import Config, Params
@@ -67,7 +68,7 @@ def _forward(params, tokens, start, cfg, cache, pad):
     for run in cfg.runs:
         if run.name not in params:
             continue
-        (x, new), _ = jax.lax.scan(layer, (x, cache.get(run.name, {})), (jnp.arange(run.length), params[run.name]))
+        (x, new), _ = jax.lax.scan(layer, (x, cache.get(run.name, {})), (jnp.arange(run.length), told(params[run.name], run)))
         if run.name in cache:
             cache[run.name] = new
     return head(params, stream_norm(x[:, -1], params["norm"], cfg), cfg), cache

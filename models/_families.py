@@ -18,13 +18,24 @@ TRAITS: dict[str, Any] = dict(
     norm_offset=False,
     embed_scale=None,
     activation="silu",
+    windowed=(),
+    local_rope_theta=None,
+    score_width=None,
+    score_cap=None,
+    logit_cap=None,
 )
 KEYS = {trait: f"jaxprune_{trait}" for trait in TRAITS} | dict(
-    sliding_window="sliding_window", partial_rotary="partial_rotary_factor", activation="hidden_act"
+    sliding_window="sliding_window",
+    partial_rotary="partial_rotary_factor",
+    activation="hidden_act",
+    windowed="layer_types",
+    local_rope_theta="rope_local_base_freq",
+    score_width="query_pre_attn_scalar",
+    score_cap="attn_logit_softcapping",
+    logit_cap="final_logit_softcapping",
 )
 NONE: Any = MappingProxyType({})
-KINDS = "its layers are of two kinds, with and without a window, and it scales its embeddings and caps its logits"
-REFUSED = dict(Gemma2ForCausalLM=KINDS, Gemma3ForCausalLM=KINDS)  # architecture -> why
+REFUSED = dict(Gemma3ForConditionalGeneration="it reads images, too")  # architecture -> why
 LEGACY_ACTIVATION = ("gemma",)  # whose first files say `gelu` and mean `gelu_pytorch_tanh`, as transformers reads them
 
 
@@ -37,6 +48,7 @@ class Family(NamedTuple):
       constants: keys of `config.json` that are the same for all its models.
       fixed: the `TRAITS` in which all its models differ from LLaMA; a function gives the value from the width of the stream.
       free: the `TRAITS` that `config.json` sets, by their `KEYS`.
+      keys: trait -> the key that it has in this family instead.
       biases: key of `config.json` -> the matrices that have a bias if it is true.
       always: the matrices that always have a bias.
       says: does the class of transformers take a model whose layers have these widths, as far as the rest does not decide it?
@@ -50,6 +62,7 @@ class Family(NamedTuple):
     constants: dict[str, Any] = NONE
     fixed: dict[str, Any] = NONE
     free: tuple[str, ...] = ()
+    keys: dict[str, str] = NONE
     biases: dict[str, tuple[str, ...]] = NONE
     always: tuple[str, ...] = ()
     says: Callable[[LlamaConfig, LayerDims], bool] = lambda cfg, dims: True
@@ -59,11 +72,15 @@ class Family(NamedTuple):
 
     def key(self, trait: str) -> str:
         """The key of `config.json` that sets a trait."""
-        return KEYS[trait]
+        return self.keys.get(trait, KEYS[trait])
 
 
 def _divisible(cfg: LlamaConfig, dims: LayerDims) -> bool:
     return cfg.d % (dims.kv_heads * dims.q_per_kv) == 0
+
+
+def _gemma_2(cfg: LlamaConfig, dims: LayerDims) -> bool:
+    return _divisible(cfg, dims) and bool(cfg.windowed) and cfg.score_width is not None
 
 
 def _phi3(cfg: LlamaConfig, dims: LayerDims) -> bool:
@@ -93,6 +110,14 @@ GEMMA_DEFAULTS = dict(
     pad_token_id=0,
     eos_token_id=1,
     bos_token_id=2,
+)
+GEMMA_BIASES: dict[str, tuple[str, ...]] = dict(attention_bias=("q", "k", "v", "o"))
+GEMMA_2_DEFAULTS = GEMMA_DEFAULTS | dict(num_key_value_heads=4, sliding_window=4096, query_pre_attn_scalar=256)
+GEMMA_2_KEYS = dict(activation="hidden_activation")
+GEMMA_2_NAMES = dict(
+    attn_post_norm="post_attention_layernorm.weight",
+    mlp_norm="pre_feedforward_layernorm.weight",
+    mlp_post_norm="post_feedforward_layernorm.weight",
 )
 FAMILIES = dict(
     llama=Family(
@@ -157,7 +182,38 @@ FAMILIES = dict(
         "GemmaForCausalLM",
         defaults=GEMMA_DEFAULTS | dict(num_key_value_heads=16),
         fixed=GEMMA,
-        biases=dict(attention_bias=("q", "k", "v", "o")),
+        biases=GEMMA_BIASES,
+    ),
+    gemma2=Family(
+        "Gemma2ForCausalLM",
+        defaults=GEMMA_2_DEFAULTS
+        | dict(
+            sliding_window_pattern=2,
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+        ),
+        fixed=GEMMA | dict(post_norms=True),
+        free=("sliding_window", "windowed", "score_width", "score_cap", "logit_cap"),
+        keys=GEMMA_2_KEYS,
+        biases=GEMMA_BIASES,
+        says=_gemma_2,
+        names=GEMMA_2_NAMES,
+    ),
+    gemma3_text=Family(
+        "Gemma3ForCausalLM",
+        defaults=GEMMA_2_DEFAULTS
+        | dict(
+            sliding_window_pattern=6,
+            max_position_embeddings=131072,
+            rope_theta=1000000.0,
+            rope_local_base_freq=10000.0,
+        ),
+        fixed=GEMMA | dict(post_norms=True, qk_norm=True),
+        free=("sliding_window", "windowed", "local_rope_theta", "score_width", "logit_cap"),
+        keys=GEMMA_2_KEYS,
+        biases=GEMMA_BIASES,
+        says=lambda cfg, dims: _gemma_2(cfg, dims) and cfg.local_rope_theta is not None,
+        names=GEMMA_2_NAMES,
     ),
     jaxprune_llama=Family("JaxpruneLlamaForCausalLM", free=tuple(TRAITS)),
 )
@@ -177,5 +233,10 @@ def beyond_llama(cfg: LlamaConfig) -> list[str]:
         norm_offset="norms whose gain is one more than their tensor",
         embed_scale="scaled embeddings",
         activation="an MLP gate other than SiLU",
+        windowed="layers with a window and layers without",
+        local_rope_theta="rotary embeddings of two kinds",
+        score_width="a scale of attention scores that is not the heads'",
+        score_cap="capped attention scores",
+        logit_cap="capped logits",
     )
     return [words for trait, words in what.items() if getattr(cfg, trait) != TRAITS[trait]]

@@ -4,14 +4,15 @@ from typing import Any
 
 from jaxprune.models import _hf_mamba
 from jaxprune.models._families import FAMILIES, KEYS, LIKE_LLAMA, OURS, REFUSED, TRAITS, Family, beyond_llama
+from jaxprune.models._hf_kinds import kinds_of_rope, rope_by_kind
 from jaxprune.models._hf_layers import layer_to_hf, layers_from_hf, number, positive, widths
 from jaxprune.models._hf_rope import OWN_LENGTH, partial_from_hf, rope_from_hf, rope_to_hf
-from jaxprune.models._hf_traits import fixed, traits_from_hf, traits_to_hf
+from jaxprune.models._hf_traits import GONE_KEY, fixed, traits_from_hf, traits_to_hf
 from jaxprune.models.config import LayerDims, LlamaConfig
 from jaxprune.models.mamba_config import MambaConfig
 from jaxprune.models.types import Config
 
-BIASES_KEY, GONE_KEY, FAMILY_KEY = "jaxprune_biases", "jaxprune_gone_layers", "jaxprune_family"
+BIASES_KEY, FAMILY_KEY = "jaxprune_biases", "jaxprune_family"
 SHORTCUTS_KEY, NORM_KEY = "jaxprune_shortcuts", "jaxprune_norm_width"
 MODULE = "modeling_jaxprune"  # what transformers loads beside the weights of a model that none of its own classes can be
 AUTO_MAP = dict(AutoConfig=f"{MODULE}.JaxpruneLlamaConfig", AutoModelForCausalLM=f"{MODULE}.JaxpruneLlamaForCausalLM")
@@ -38,6 +39,8 @@ def from_hf_config(config: dict[str, Any]) -> Config:
         return _hf_mamba.from_hf(config)
     family = _family(config)
     config = {**FAMILIES[family].defaults, **config}
+    if "local_rope_theta" in FAMILIES[family].free:
+        config = rope_by_kind(config, KEYS["local_rope_theta"])
     config[KEYS["partial_rotary"]] = partial_from_hf(config)
     _refuse(config, family)
     n, d = positive(config, "num_hidden_layers"), positive(config, "hidden_size")
@@ -100,6 +103,7 @@ def to_hf_config(cfg: Config) -> dict[str, Any]:
     sayable = [f for f in (cfg.family, *LIKE_LLAMA) if equal and can_say(f, cfg, alive[0])]
     family = sayable[0] if sayable else OURS
     table, plain = FAMILIES[family], family != OURS
+    gone = [i for i, dims in enumerate(cfg.layers) if plain and not cfg.layer_arrays(dims)]
     theta, scaling, rope = rope_to_hf(cfg)
     config: dict[str, Any] = dict(
         architectures=[table.architecture],
@@ -111,14 +115,14 @@ def to_hf_config(cfg: Config) -> dict[str, Any]:
         **widths(alive[0] if plain else LayerDims(0, 0, 0)),
         rms_norm_eps=cfg.norm_eps,
         max_position_embeddings=cfg.max_positions,
-        rope_parameters=rope,
+        rope_parameters=kinds_of_rope(cfg, rope) if plain else rope,
         tie_word_embeddings=cfg.tie_embeddings,
         bos_token_id=cfg.bos_id,
         eos_token_id=cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids) or None,
         pad_token_id=cfg.pad_id,
     )
     config |= {key: bool(set(cfg.biases) & set(names)) for key, names in table.biases.items()} | table.constants
-    config |= traits_to_hf(cfg, family)
+    config |= traits_to_hf(cfg, family, gone)
     if OWN_LENGTH in table.defaults:
         config[OWN_LENGTH] = dict(cfg.rope_scaling).get(OWN_LENGTH, table.defaults[OWN_LENGTH])
     if plain:
@@ -134,8 +138,8 @@ def to_hf_config(cfg: Config) -> dict[str, Any]:
         config |= {SHORTCUTS_KEY: True} if cfg.shortcuts else {}
         config |= {} if cfg.norm_width is None else {NORM_KEY: cfg.norm_width}
         config["per_layer_config"] = {str(i): layer_to_hf(dims) for i, dims in enumerate(cfg.layers)}
-    elif len(alive) < len(cfg.layers):
-        config[GONE_KEY] = [i for i, dims in enumerate(cfg.layers) if not cfg.layer_arrays(dims)]
+    elif gone:
+        config[GONE_KEY] = gone
     return config
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxprune.models import _taps
 from jaxprune.models._how import rematerialised
+from jaxprune.models._kinds import told
 from jaxprune.models._mesh import by_sequence, from_parts, in_parts
 from jaxprune.models.types import TAP_KINDS, Config, Params, PerLayer, Probes
 
@@ -27,7 +28,7 @@ def through(
 ) -> jax.Array:
     """The residual stream after all layers, [b, t, d]; `block` is one of them, the other arguments as in `hidden`."""
     for run in cfg.runs:
-        arrays = params.get(run.name, {})
+        arrays = told(params.get(run.name, {}), run)
         if not arrays:
             continue
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxprune.models import _rope, _taps, axes
+from jaxprune.models import _kinds, _rope, _taps, axes
 from jaxprune.models._attention import attend
 from jaxprune.models._mesh import by_sequence
 from jaxprune.models._through import through
@@ -68,12 +68,14 @@ def attention(p: dict, x: jax.Array, cfg: LlamaConfig, rope, gates: dict, cache:
     q, k, v = (_add_bias(p, name, linear(p, name, y)) for name in "qkv")
     if cfg.qk_norm:
         q, k = (rms_norm(x, p[n], cfg.norm_eps, offset=cfg.norm_offset) for n, x in (("q_norm", q), ("k_norm", k)))
-    q, k = _rope.rotate(q, *rope), _rope.rotate(k, *rope)
+    cos, sin = _kinds.rope_of(p, rope)
+    q, k = _rope.rotate(q, cos, sin), _rope.rotate(k, cos, sin)
     if cache is not None:
         k = jax.lax.dynamic_update_slice(cache["k"], k, (0, start, 0, 0))
         v = jax.lax.dynamic_update_slice(cache["v"], v, (0, start, 0, 0))
         cache = dict(k=k, v=v)
-    z = attend(q, k, v, cfg.head_dim**-0.5, start, cfg.sliding_window, mask_from)
+    windowed = p[_kinds.WINDOWED] if cfg.windowed else None
+    z = attend(q, k, v, cfg.score_scale, start, cfg.sliding_window, mask_from, windowed, cfg.score_cap)
     return z * gates["k"][:, None, None] if "k" in gates else z, cache
 
 
@@ -128,9 +130,9 @@ def block(
     """One decoder layer. A sublayer whose arrays are absent adds nothing but its bias; its shortcut stays.
 
     Args:
-      p: arrays of the layer, by name.
+      p: arrays of the layer, by name, and its kind as in `_kinds` where the model has two.
       x: residual stream, [b, t, d].
-      rope: cos and sin, float32[t, h/2].
+      rope: cos and sin as `_rope.tables` returns them.
       gates: axis letter -> float32[units]; absent letters are all ones.
       cache: keys and values so far, {"k", "v"}: [b, s, k, h], or None to attend within `x` alone.
       start: position of `x[:, 0]`.
@@ -177,5 +179,11 @@ def head(params: Params, x: Float[Array, "... d"], cfg: Config) -> Float[Array, 
     """Logits, in float32; in float64 for a model that is."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     if cfg.tie_embeddings:
-        return jnp.einsum("...d,vd->...v", x, params["embed"], preferred_element_type=dtype)
-    return jnp.einsum("...d,dv->...v", x, params["head"], preferred_element_type=dtype)
+        return capped(jnp.einsum("...d,vd->...v", x, params["embed"], preferred_element_type=dtype), cfg)
+    return capped(jnp.einsum("...d,dv->...v", x, params["head"], preferred_element_type=dtype), cfg)
+
+
+def capped(logits: jax.Array, cfg: Config) -> jax.Array:
+    """cap * tanh(logits / cap) with the `logit_cap` of the model, if it has one."""
+    cap = cfg.logit_cap if isinstance(cfg, LlamaConfig) else None
+    return logits if cap is None else cap * jnp.tanh(logits / cap)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.models import _rope, axes
 from jaxprune.models._how import rematerialised
+from jaxprune.models._kinds import told
 from jaxprune.models._mesh import by_sequence
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.llama import attention, embedded, mlp, project, stream_norm
@@ -36,7 +37,7 @@ def reads(p: dict, name: str, x: jax.Array, cfg: LlamaConfig) -> jax.Array:
     """What an output projection of one layer reads: [b, t, k, g, h] of the attention, [b, t, f] of the MLP.
 
     Args:
-      p: arrays of the layer, by name.
+      p: arrays of the layer, by name, as `block` reads them.
       name: `o` or `down`.
       x: residual stream before the sublayer, [b, t, d].
       cfg: the model.
@@ -81,7 +82,7 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
     x = embedded(params, tokens, cfg)
     out: list[Any] = []
     for run in cfg.runs:
-        if not (arrays := params.get(run.name, {})):
+        if not (arrays := told(params.get(run.name, {}), run)):
             out += [reduce({})] * run.length
             continue
 
@@ -131,7 +132,7 @@ def residuals(
         return x, x
 
     for run in cfg.runs:
-        if arrays := params.get(run.name, {}):
+        if arrays := told(params.get(run.name, {}), run):
             x, states = jax.lax.scan(rematerialised(layer) if remat else layer, x, arrays)
         else:
             states = jnp.broadcast_to(x, (run.length, *x.shape))

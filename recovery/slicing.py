@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.models import LlamaConfig, Params, axes, embedded, sublayer
+from jaxprune.models._kinds import layer_of
 from jaxprune.models._mesh import on_host
 from jaxprune.recovery._solve import damped
 
@@ -78,19 +79,19 @@ def slice_gpt(
     stream = [embedded(params, jnp.asarray(b), cfg) for b in batches]
     q = _components(stream, width, "the embedding")
     new: Params = dict(embed=_matmul(params["embed"], q))
-    where = [(run.name, i, run.dims) for run in cfg.runs for i in range(run.length)]
+    where = [(run, i) for run in cfg.runs for i in range(run.length)]
     sliced: dict[str, dict[str, list]] = {run.name: {} for run in cfg.runs}
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "slicing"):
-        name, i, dims = where[layer]
-        p = {n: params[name][n][i] for n in cfg.layer_arrays(dims)}
-        out: dict[str, jax.Array] = {n: x for n, x in p.items() if "d" not in axes.LAYER[n]}
+        run, i = where[layer]
+        p = layer_of(params, run, i)
+        out: dict[str, jax.Array] = {n: p[n] for n, letters in cfg.layer_arrays(run.dims).items() if "d" not in letters}
         for writes, norm, readers in SUBLAYERS:
             stream = [_after(p, writes, x, q, cfg) for x in stream]
             after = _components(stream, width, f"layer {layer}") if writes in p else q
             out |= _rotated(p, writes, norm, readers, q, after, params["embed"].dtype, cfg.norm_offset)
             q = after
         for n, x in out.items():
-            sliced[name].setdefault(n, []).append(x)
+            sliced[run.name].setdefault(n, []).append(x)
     head = params["embed"].T if cfg.tie_embeddings else params["head"]
     new |= dict(norm=jnp.ones(width, params["norm"].dtype), head=_read(params["norm"], head, q, cfg.norm_offset))
     return new | {name: {n: jnp.stack(x) for n, x in arrays.items()} for name, arrays in sliced.items()}, new_cfg

@@ -15,6 +15,12 @@ from jaxprune.models._families import FAMILIES, OURS
 
 LONG = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.5, 2.0, 2.5], long_factor=[1.0, 3.0, 5.0, 7.0])
 WHOLE = dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=1.0)
+CAPS = dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
+TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+BY_KIND = dict(
+    full_attention=dict(rope_type="linear", rope_theta=500.0, factor=4.0),
+    sliding_attention=dict(rope_type="default", rope_theta=50.0),
+)
 KINDS = {  # a new family is a line here
     "llama": ("llama", dict(attention_bias=True)),
     "mistral": ("mistral", dict(sliding_window=8, head_dim=16)),
@@ -28,6 +34,10 @@ KINDS = {  # a new family is a line here
     "glm-whole": ("glm", dict(head_dim=8, attention_bias=False, rope_parameters=WHOLE)),
     "glm4": ("glm4", dict(head_dim=16)),
     "gemma": ("gemma", dict(head_dim=16)),
+    "gemma2": ("gemma2", dict(head_dim=16, sliding_window=8, query_pre_attn_scalar=24) | CAPS),
+    "gemma2-full": ("gemma2", dict(head_dim=8, layer_types=["full_attention"] * 3, attn_logit_softcapping=None)),
+    "gemma3": ("gemma3_text", dict(head_dim=16, sliding_window=8, query_pre_attn_scalar=24, layer_types=TYPES)),
+    "gemma3-linear": ("gemma3_text", dict(head_dim=8, layer_types=TYPES, rope_parameters=BY_KIND) | CAPS),
     "gemma-biases": ("gemma", dict(head_dim=8, attention_bias=True, tie_word_embeddings=False)),
 }
 every = pytest.mark.parametrize("kind", KINDS)
@@ -115,7 +125,7 @@ def test_residual_channels_are_cut_exactly(made, tokens):
     np.testing.assert_allclose(logits(small, jnp.asarray(tokens), small_cfg), masked, atol=2e-5)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "phi3", "glm4", "gemma"])
+@pytest.mark.parametrize("kind", ["qwen3", "phi3", "glm4", "gemma", "gemma2", "gemma3"])
 def test_the_command_line_prunes_a_folder(made, tmp_path, tokens, logits_of):
     dense, small = made[1], tmp_path / "small"
     np.save(tmp_path / "tokens.npy", tokens)
@@ -128,12 +138,12 @@ def test_the_command_line_prunes_a_folder(made, tmp_path, tokens, logits_of):
     np.testing.assert_allclose(logits(params, jnp.asarray(tokens), cfg), logits_of(theirs, tokens), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "glm4", "gemma"])
+@pytest.mark.parametrize("kind", ["qwen3", "glm4", "gemma", "gemma2", "gemma3"])
 def test_the_default_recipe_prunes_it_and_the_cut_is_exact(made, tokens):
     params, cfg = models.load(made[1])
     settings = pipeline.Settings(ratio=0.3)
     if cfg.post_norms:
-        with pytest.raises(ValueError, match="residual given, .*glm4.*; allowed are dense, weights and none"):
+        with pytest.raises(ValueError, match="residual given, .*(glm4|gemma[23]).*; allowed are dense, weights and none"):
             pipeline.prune(params, cfg, jnp.asarray(tokens), settings)
         settings = dataclasses.replace(settings, reconstruct="weights")
     made_small = pipeline.prune(params, cfg, jnp.asarray(tokens), settings)
