@@ -3,6 +3,7 @@
 from jaxprune.models import axes, mamba
 from jaxprune.models._hf import from_hf_config, to_hf_config
 from jaxprune.models._how import computing
+from jaxprune.models._kinds import layer_of
 from jaxprune.models.checkpoint import load, resolve, save
 from jaxprune.models.config import LayerDims, LlamaConfig, Run
 from jaxprune.models.flax_tree import from_flax, load_flax_msgpack, save_flax_msgpack, to_flax
@@ -42,6 +43,7 @@ __all__ = [
     "head",
     "hidden",
     "init",
+    "layer_of",
     "load",
     "load_flax_msgpack",
     "load_tokenizer",

@@ -127,7 +127,10 @@ def test_dtype(folder):
             dict(architectures=["GPT2LMHeadModel"]),
             "'GPT2LMHeadModel' is not supported; supported are LlamaForCausalLM, Mistral",
         ),
-        (dict(architectures=["Gemma2ForCausalLM"]), "not supported \\(its layers are of two kinds, .*\\); supported are Llama"),
+        (
+            dict(architectures=["Gemma3ForConditionalGeneration"]),
+            "not supported \\(it reads images, too\\); supported are Llama",
+        ),
         (dict(architectures="absent", model_type="gemma3n"), "'gemma3n' is not supported"),
         (dict(architectures=["GemmaForCausalLM"]), "hidden_act 'silu' is not supported; supported is 'gelu_pytorch_tanh'"),
         (dict(use_bidirectional_attention=True), "use_bidirectional_attention is true"),
