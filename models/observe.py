@@ -11,6 +11,7 @@ from jaxprune.models import _rope, axes
 from jaxprune.models._how import rematerialised
 from jaxprune.models._kinds import told
 from jaxprune.models._mesh import by_sequence
+from jaxprune.models._through import over_layers
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.llama import attention, embedded, mlp, project, stream_norm
 from jaxprune.models.types import Axis, Params
@@ -59,7 +60,9 @@ def sublayer(p: dict, name: str, x: jax.Array, cfg: LlamaConfig) -> jax.Array:
 Reduce = Callable[[dict[Axis, Site]], Any]
 
 
-def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: LlamaConfig) -> tuple[Any, ...]:
+def observe(
+    params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: LlamaConfig, layers: range | None = None
+) -> tuple[Any, ...]:
     """Runs the model and reduces each layer's activations where they arise; what `reduce` does not read is not computed.
 
     Args:
@@ -67,6 +70,7 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
       tokens: token ids.
       reduce: the sites of one layer by axis letter (`k` attention, `f` MLP; absent where the sublayer is gone) -> any tree.
       cfg: what `params` was made with.
+      layers: consecutive layers to look at, or None for all; the model runs up to the last of them.
 
     Returns:
       What `reduce` returned, layer by layer.
@@ -79,15 +83,25 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
     >>> len(seen), seen[0].shape
     (3, (48,))
     """
+    layers = range(len(cfg.layers)) if layers is None else layers
     x = embedded(params, tokens, cfg)
     out: list[Any] = []
     for run in cfg.runs:
+        # of this run: the layers before those that are looked at, and these
+        first, last = (min(max(at - run.start, 0), run.length) for at in (layers.start, layers.stop))
+        if run.start >= layers.stop:
+            break
         if not (arrays := told(params.get(run.name, {}), run)):
-            out += [reduce({})] * run.length
+            out += [reduce({})] * (last - first)
             continue
 
-        def layer(x, p):
-            x, sites = by_sequence(x), {}
+        def passing(x, z):
+            for name in axes.OUTPUT.values():
+                x = sublayer(z[0], name, by_sequence(x), cfg)
+            return x, None
+
+        def layer(x, z):
+            (p, _), (x, sites) = z, (by_sequence(x), {})
             for axis, name in axes.OUTPUT.items():
                 z, before = None, x
                 if name in p:
@@ -98,8 +112,11 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
                     sites[axis] = Site(p[name], z, stream_norm(before, norm, cfg), before, x)
             return x, reduce(sites)
 
-        x, stacked = jax.lax.scan(layer, x, arrays)
-        out += [jax.tree.map(lambda s, i=i: s[i], stacked) for i in range(run.length)]
+        if first:
+            x, _ = over_layers(passing, x, arrays, {}, 0, first)
+        if last > first:
+            x, stacked = over_layers(layer, x, arrays, {}, first, last)
+            out += [jax.tree.map(lambda s, i=i: s[i], stacked) for i in range(last - first)]
     return tuple(out)
 
 
