@@ -58,13 +58,14 @@ def count_parameters(cfg: Config) -> int:
     return sum(x.size for x in jax.tree.leaves(shapes(cfg)))
 
 
-def probes(cfg: Config, units: str | None = None) -> Probes:
+def probes(cfg: Config, units: str | None = None, layers: range | None = None) -> Probes:
     """Templates of all probes of the model: gates of one, taps and outputs of zero.
 
     Args:
       cfg: the model.
       units: axis letters that gates are made for, or None for all that layers may differ in, for which taps exist: `k` and
         `f`, of Mamba `i`.
+      layers: those that have probes, or None for all.
 
     Returns:
       `{"gates": PerLayer of float32[units], "taps": PerLayer of {tensor: float32[unit, ..., channel]}, "output": PerLayer of
@@ -94,5 +95,7 @@ def probes(cfg: Config, units: str | None = None) -> Probes:
         output = dict.fromkeys(taps, square)
         return gates, taps, output, {u: jnp.zeros([size[a] for a in axes.UNITS[u]], jnp.float32) for u in taps}
 
-    gates, taps, output, inputs = zip(*map(layer, cfg.layers), strict=True)
+    mine = range(len(cfg.layers)) if layers is None else layers
+    each = [layer(dims) if i in mine else ({}, {}, {}, {}) for i, dims in enumerate(cfg.layers)]
+    gates, taps, output, inputs = zip(*each, strict=True)
     return dict(gates=gates, taps=taps, output=output, inputs=inputs)

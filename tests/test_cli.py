@@ -26,7 +26,7 @@ FLAGS = dict(
     export="MODEL --to --out --check --type --overwrite --json",
     generate="MODEL --prompt --max-new-tokens --temperature --seed --json",
     verify="DENSE PRUNED --json",
-    size="--model-config --mesh --stage --method --batch --length --dtype --json",
+    size="--model-config --mesh --stage --method --layers-at-once --batch --length --dtype --json",
     inspect="MODEL --json",
     methods="--json",
 )
