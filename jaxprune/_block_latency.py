@@ -5,6 +5,7 @@ What was measured is kept in a file, `place`; deleting it is how to measure agai
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -170,7 +171,8 @@ def spread(most: int, n: int) -> list[int]:
 
 
 def _like(cfg: LlamaConfig, layers: Sequence[LayerDims], **more: Any) -> LlamaConfig:
-    return dataclasses.replace(cfg, layers=tuple(layers), **more)
+    kinds = itertools.islice(itertools.cycle(cfg.windowed), len(layers))
+    return dataclasses.replace(cfg, layers=tuple(layers), windowed=tuple(kinds), **more)
 
 
 def _stack(cfg: LlamaConfig, dims: LayerDims, when: Conditions, alone: bool) -> tuple[LayerDims, ...]:

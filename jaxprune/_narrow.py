@@ -31,7 +31,7 @@ def shape(curves: PerLayer, cfg: Config, budget: int, settings: Settings, dense:
     """
     if settings.units == ("rotated",):
         rotated = only_llama(cfg, "rotated")
-        return sliced(rotated, recovery.sliced_width(rotated, settings.ratio))
+        return slicing.sliced_config(rotated, recovery.sliced_width(rotated, settings.ratio))
     constraints = settings.constraints(dense)
     if settings.units == ("hidden",):
         step = settings.multiple_of
@@ -56,15 +56,10 @@ def at_ratio(curves: PerLayer, cfg: Config, settings: Settings) -> Callable[[flo
     return at
 
 
-def sliced(cfg: LlamaConfig, width: int) -> LlamaConfig:
-    """What `recovery.slice_gpt` makes of a configuration."""
-    return dataclasses.replace(cfg, d=width, shortcuts=True, norm_width=cfg.norm_width or cfg.d, tie_embeddings=False)
-
-
 def smallest(cfg: LlamaConfig, settings: Settings) -> LlamaConfig | None:
     """The least that KV groups and MLP channels leave of a model; None where whole layers go, which the scores choose."""
     if settings.units == ("rotated",):
-        return sliced(cfg, slicing.MULTIPLE)
+        return slicing.sliced_config(cfg, slicing.MULTIPLE)
     if settings.units == ("hidden",):
         return dataclasses.replace(cfg, d=min(settings.multiple_of, cfg.d))
     if not set(settings.units) <= {"kv", "mlp"}:
@@ -79,7 +74,7 @@ def smallest(cfg: LlamaConfig, settings: Settings) -> LlamaConfig | None:
 def narrower(cfg: LlamaConfig, settings: Settings) -> Callable[[int], LlamaConfig] | None:
     """Width of the residual stream -> shape, where that is what gets narrower; None where layers do."""
     if settings.units == ("rotated",):
-        return functools.partial(sliced, cfg)
+        return functools.partial(slicing.sliced_config, cfg)
     if settings.units == ("hidden",):
         return lambda d: dataclasses.replace(cfg, d=d)
     return None

@@ -25,6 +25,8 @@ class Settings:
         own.
       layers: layers that may be pruned, half-open, or None for all.
       protect_first, protect_last: layers at the ends that are left alone.
+      layers_at_once: layers that are scored at a time, each time from all tokens, or None for all; for methods whose statistics
+        are large.
       steps: times that the model is scored and cut, towards the ratio in equal steps.
       multiple_of: MLP widths that change are multiples of this.
       kv_multiple_of: numbers of KV groups that change are multiples of this.
@@ -45,6 +47,7 @@ class Settings:
     layers: tuple[int, int] | None = None
     protect_first: int = 0
     protect_last: int = 0
+    layers_at_once: int | None = None
     steps: int = 1
     multiple_of: int = 8
     kv_multiple_of: int = 1
@@ -70,7 +73,13 @@ class Settings:
         allocate.Constraints(  # refuses what makes no sense
             multiple_of=self.multiple_of, kv_multiple_of=self.kv_multiple_of, min_kept=self.min_kept or 0.0
         )
-        for name in ("steps", "max_distinct"):
+        if self.layers_at_once is not None and not method.by_layers:
+            able = ", ".join(name for name, m in methods.METHODS.items() if m.by_layers)
+            raise ValueError(
+                f"layers_at_once: {self.layers_at_once} given; {self.method} keeps few numbers of a layer, leave it out; it is "
+                f"for {able}"
+            )
+        for name in ("steps", "max_distinct", "layers_at_once"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}: {number} given; ask for at least 1")
         if self.protect_first < 0 or self.protect_last < 0:

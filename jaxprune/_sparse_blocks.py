@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxprune.models import Config, MambaConfig, Params, mamba, reads, rms_norm, sublayer
+from jaxprune.models import Config, MambaConfig, Params, embedded, mamba, reads, stream_norm, sublayer
 
 
 class Blocks(NamedTuple):
@@ -28,12 +28,12 @@ class Blocks(NamedTuple):
 def _llama_reads(p: dict, name: str, x: jax.Array, cfg: Any) -> jax.Array:
     if name in ("o", "down"):
         return reads(p, name, x, cfg)
-    return rms_norm(x, p["attn_norm" if name == "q" else "mlp_norm"], cfg.norm_eps, width=cfg.norm_width)
+    return stream_norm(x, p["attn_norm" if name == "q" else "mlp_norm"], cfg)
 
 
 LLAMA = Blocks(
     (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)),
-    lambda params, tokens, cfg: params["embed"][tokens],
+    embedded,
     _llama_reads,
     {"o": lambda p, x, cfg: sublayer(p, "o", x, cfg), "down": lambda p, x, cfg: sublayer(p, "down", x, cfg)},
 )

@@ -107,9 +107,9 @@ def flops(limit: float | int, context: int = 1024) -> Target:
     """
 
     def cost(cfg: LlamaConfig) -> float:
-        seen = min(context, cfg.sliding_window or context)
-        heads = sum(dims.kv_heads * dims.q_per_kv for dims in cfg.layers)
-        return float(2 * (cfg.decoder_parameters + cfg.d * cfg.vocab) + 4 * heads * cfg.head_dim * seen)
+        layers = zip(cfg.layers, cfg.windows, strict=True)
+        seen = sum(dims.kv_heads * dims.q_per_kv * min(context, window or context) for dims, window in layers)
+        return float(2 * (cfg.decoder_parameters + cfg.d * cfg.vocab) + 4 * cfg.head_dim * seen)
 
     return Target("flops", limit, cost, given=dict(context=context))
 

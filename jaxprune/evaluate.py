@@ -140,8 +140,8 @@ def _mixing(cfg: Config, context: int) -> int:
     """FLOPs of a token that are not those of matrices."""
     if isinstance(cfg, MambaConfig):
         return sum((2 * cfg.conv + 9 * cfg.state) * dims.inner for dims in cfg.layers)
-    keys = context if cfg.sliding_window is None else min(context, cfg.sliding_window)
-    return 4 * keys * cfg.head_dim * sum(dims.kv_heads * dims.q_per_kv for dims in cfg.layers)
+    seen = [dims.kv_heads * dims.q_per_kv * min(context, w or context) for dims, w in zip(cfg.layers, cfg.windows, strict=True)]
+    return 4 * cfg.head_dim * sum(seen)
 
 
 def evaluate(

@@ -47,7 +47,9 @@ def kronecker_obs(
       axis_name: mapped axis that the sequences are spread over, or None.
 
     Returns:
-      An additive scorer (up to the drawn labels), in nats a token; its state holds the matrices G and F of every sublayer.
+      An additive scorer (up to the drawn labels), in nats a token; its state holds the matrices G and F, and the weights, of
+      every sublayer that it is given probes of. Probes of a few consecutive layers, `{}` for the others, take less memory and
+      give these layers the same scores.
 
     Reference: van der Ouderaa et al., `The LLM Surgeon <https://arxiv.org/abs/2312.17244>`_, 2024, section 3, for the factored
     curvature; Kurtic et al., `ZipLM <https://arxiv.org/abs/2302.04089>`_, 2023, algorithm 1, for the greedy removal. The labels
@@ -73,8 +75,10 @@ def kronecker_obs(
         return State(moments, jax.tree.map(jnp.zeros_like, probes["output"]), weights, jnp.float32(0))
 
     def update(state: State, params: Params, probes: Any, tokens: jax.Array) -> State:
-        seen = observe(params, tokens, collect, cfg)
-        moments, weights = tuple(m for m, _ in seen), tuple(w for _, w in seen)
+        asked = [i for i, layer in enumerate(probes["inputs"]) if layer]
+        near = range(asked[0], asked[-1] + 1)
+        seen = dict(zip(near, observe(params, tokens, collect, cfg, near), strict=True))
+        moments, weights = (tuple(seen[i][n] if i in seen else {} for i in range(len(cfg.layers))) for n in range(2))
         metrics = jax.tree.map(jnp.zeros_like, probes["output"])
         if fisher:
             own = jax.random.fold_in(key, state.tokens.astype(jnp.int32))

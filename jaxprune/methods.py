@@ -47,6 +47,7 @@ class Method(NamedTuple):
       min_kept: every MLP keeps at least this fraction of its channels.
       fit_samples, fit_length: calibration of the reconstruction; 0 takes that of the scores.
       sequential: a layer is scored on what the pruned layers before it pass on, where widths are known before scores.
+      by_layers: its state is large, and its scorer takes probes of a few layers alone.
     """
 
     summary: str
@@ -62,6 +63,7 @@ class Method(NamedTuple):
     fit_samples: int = 0
     fit_length: int = 0
     sequential: bool = False
+    by_layers: bool = False
 
 
 def _random(cfg: Config, options: Options) -> scorers.Scorer:
@@ -150,6 +152,7 @@ METHODS: dict[str, Method] = {
         min_kept=0.27,
         fit_samples=64,
         fit_length=1024,
+        by_layers=True,
     ),
     "taylor": Method(
         "weight times gradient, summed over a unit (LLM-Pruner); --taylor chooses the variant",

@@ -232,11 +232,25 @@ def _scored(params, cfg, tokens, aim: Aim, seed: int, progress: Progress | None)
     parts = []
     if tokens is not None:
         parts = batches(tokens, params) if scorer.additive else [_beside.spread(params, tokens)]
-    wrapped = parts if progress is None or len(parts) < 2 else progress(parts, "scoring")
-    scores = curves = scorers.score(scorer, params, probes(cfg, units), wrapped)
+    scores = curves = _by_layers(scorer, params, cfg, units, parts, settings.layers_at_once, progress)
     if settings.allocation == "sensitivity" and set(settings.units) <= {"kv", "mlp"}:
         curves = sensitivity.curves(params, cfg, scores, _few(tokens, params), progress=progress)
     return scores, *aim.shape(curves, cfg)
+
+
+def _by_layers(scorer, params, cfg, units: str, parts: list, at_once: int | None, progress: Progress | None) -> PerLayer:
+    """The scores of all layers, of so many at a time, each time from all parts."""
+    layers = len(cfg.layers)
+    size = min(at_once or layers, layers)
+    out: list[Any] = []
+    for first in range(0, layers, size):
+        mine = range(first, min(first + size, layers))
+        templates = probes(cfg, units, mine)
+        what = "scoring" if size == layers else f"scoring layers {first} to {mine[-1]}"
+        wrapped = parts if progress is None or len(parts) < 2 else progress(parts, what)
+        alive = any(templates["gates"])  # all sublayers of these layers may be gone
+        out += scorers.score(scorer, params, templates, wrapped)[first : mine.stop] if alive else [{}] * len(mine)
+    return tuple(out)
 
 
 @functools.lru_cache(maxsize=2)  # one scorer, one compiled program, however many calibration sets

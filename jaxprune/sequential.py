@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxprune import scorers
 from jaxprune._losses import Progress
-from jaxprune.models import LlamaConfig, Params, PerLayer, probes, sublayer
+from jaxprune.models import LlamaConfig, Params, PerLayer, embedded, probes, sublayer
+from jaxprune.models._kinds import layer_of
 from jaxprune.models.axes import OUTPUT
 from jaxprune.plan import Widths, select
 from jaxprune.surgery import gates_of
@@ -59,26 +60,34 @@ def score(
     if not batches:
         raise ValueError("batches: none given; scores need at least one batch of calibration tokens")
     tokens = np.concatenate([np.asarray(b) for b in batches])
-    stream = params["embed"][tokens]
+    stream = embedded(params, jnp.asarray(tokens), cfg)
     places = np.split(np.arange(tokens.size, dtype=np.int32).reshape(tokens.shape), len(batches))
-    where = [(run.name, i, run.dims) for run in cfg.runs for i in range(run.length)]
+    where = [(run, i) for run in cfg.runs for i in range(run.length)]
     out: list[dict[str, Any]] = []
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "scoring layer by layer"):
-        name, i, dims = where[layer]
-        p = {n: x[i] for n, x in params.get(name, {}).items()}
-        one = dataclasses.replace(cfg, layers=(dims,), vocab=tokens.size, tie_embeddings=True)
-        alone = {"embed": stream.reshape(-1, cfg.d)} | ({"run_0": {n: x[None] for n, x in p.items()}} if p else {})
+        run, i = where[layer]
+        arrays = {n: x[i] for n, x in params.get(run.name, {}).items()}
+        one = _alone(cfg, layer, tokens.size)
+        alone = {"embed": stream.reshape(-1, cfg.d)} | ({"run_0": {n: x[None] for n, x in arrays.items()}} if arrays else {})
         scorer = make(one)
         if scorer.needs == "gradients":
             raise ValueError("sequential: the scorer needs gradients of the loss of a whole model; give one of activations")
         (found,) = scorers.score(scorer, alone, probes(one), places)
         out.append(found)
         gates = gates_of(select((found,), (widths[layer],)), one)["gates"][0]
+        p = layer_of(params, run, i)
         p |= {
             OUTPUT[a]: p[OUTPUT[a]] * gates[a].astype(stream.dtype).reshape(-1, *[1] * (p[OUTPUT[a]].ndim - 1)) for a in found
         }
         stream = jnp.concatenate([_after(p, x, one) for x in jnp.split(stream, len(batches))])
     return tuple(out)
+
+
+def _alone(cfg: LlamaConfig, layer: int, tokens: int) -> LlamaConfig:
+    """The model of one layer, whose embedding is the residual stream of so many tokens."""
+    own = slice(layer, layer + 1)
+    one = dataclasses.replace(cfg, layers=cfg.layers[own], windowed=cfg.windowed[own])
+    return dataclasses.replace(one, vocab=tokens, tie_embeddings=True, embed_scale=None)
 
 
 @functools.partial(jax.jit, static_argnames="cfg")

@@ -45,7 +45,15 @@ class Size(NamedTuple):
 
 
 def size(
-    cfg: LlamaConfig, mesh: Mesh, stage: str, *, batch: int, length: int, dtype: Any = jnp.bfloat16, method: str = "taylor"
+    cfg: LlamaConfig,
+    mesh: Mesh,
+    stage: str,
+    *,
+    batch: int,
+    length: int,
+    dtype: Any = jnp.bfloat16,
+    method: str = "taylor",
+    layers_at_once: int | None = None,
 ) -> Size:
     """Compiles one step of a stage and reads what it takes; no weight is made.
 
@@ -66,9 +74,10 @@ def size(
       length: tokens in a sequence.
       dtype: of the weights.
       method: whose scorer is meant, for `score`.
+      layers_at_once: of `score`, as in `Settings`; the first so many layers are meant, whose backward pass is the longest.
 
     Raises:
-      ValueError: an unknown stage or method, a method without a scorer, sizes below 1 (2 tokens).
+      ValueError: an unknown stage or method, a method without a scorer or without layers at once, sizes below 1 (2 tokens).
 
     >>> from jaxprune import models, sharding, sizing
     >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),))
@@ -76,12 +85,22 @@ def size(
     >>> found.weights == 4 * models.count_parameters(cfg), found.work.flops > 2 * 2 * 8 * cfg.decoder_parameters
     (True, True)
     """
-    params, lowered = lower(cfg, mesh, stage, batch=batch, length=length, dtype=dtype, method=method)
+    params, lowered = lower(
+        cfg, mesh, stage, batch=batch, length=length, dtype=dtype, method=method, layers_at_once=layers_at_once
+    )
     return size_of(lowered.compile(compiler_options=AS_STORED), params, cfg, stage)
 
 
 def lower(
-    cfg: LlamaConfig, mesh: Mesh, stage: str, *, batch: int, length: int, dtype: Any = jnp.bfloat16, method: str = "taylor"
+    cfg: LlamaConfig,
+    mesh: Mesh,
+    stage: str,
+    *,
+    batch: int,
+    length: int,
+    dtype: Any = jnp.bfloat16,
+    method: str = "taylor",
+    layers_at_once: int | None = None,
 ) -> tuple[Params, jax.stages.Lowered]:
     """The parameters, which are not there, and the program of a stage before it is compiled; arguments as in `size`."""
     if stage not in STAGES:
@@ -94,7 +113,7 @@ def lower(
         if stage == "forward":
             lowered = _losses.token_losses_of.lower(params, tokens, cfg)
         elif stage == "score":
-            lowered = _score(params, tokens, cfg, method)
+            lowered = _score(params, tokens, cfg, method, layers_at_once)
         elif stage == "recover":
             lowered = _recover(params, tokens, cfg, mesh)
         else:
@@ -125,12 +144,14 @@ def _bytes(tree: Any) -> int:
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def _score(params: Any, tokens: Any, cfg: LlamaConfig, method: str) -> Any:
+def _score(params: Any, tokens: Any, cfg: LlamaConfig, method: str, layers_at_once: int | None) -> Any:
+    pipeline.Settings(method=method, units=methods.default_units(method), layers_at_once=layers_at_once)
     make = methods.find(method).scorer
     if make is None:
         raise ValueError(f"method: {method} given, which rotates the model and has no scores; choose another")
     scorer = make(cfg, methods.Options(microbatch=pipeline.divisor(tokens.shape, params)))
-    probes = jax.eval_shape(lambda: models.probes(cfg))
+    mine = None if layers_at_once is None else range(layers_at_once)
+    probes = jax.eval_shape(lambda: models.probes(cfg, layers=mine))
     state = jax.eval_shape(scorer.init, probes)
     return jax.jit(scorer.update, donate_argnums=0).lower(state, params, probes, tokens)
 

@@ -14,6 +14,7 @@ from jaxprune._losses import Progress
 from jaxprune._sparse_blocks import blocks_of
 from jaxprune._sparsity import METHODS, Matrix, Sparsity, achieved, chosen, read_block, write_block
 from jaxprune.models import Config, Params
+from jaxprune.models._kinds import layer_of
 from jaxprune.models._mesh import by_sequence
 from jaxprune.recovery import sparse
 
@@ -66,12 +67,12 @@ def sparsify(
     names = chosen(cfg, asked)
     kind = blocks_of(cfg)
     stream = [np.asarray(kind.begin(params, jnp.asarray(b), cfg)) for b in batches]
-    where = [(run.name, i) for run in cfg.runs for i in range(run.length)]
+    where = [(run, i) for run in cfg.runs for i in range(run.length)]
     out = {run.name: {n: np.array(x) for n, x in params.get(run.name, {}).items() if n in cfg.matrices} for run in cfg.runs}
     found: dict[str, Matrix] = {}
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "sparsifying"):
-        name, i = where[layer]
-        p = {n: x[i] for n, x in params.get(name, {}).items()}
+        run, i = where[layer]
+        name, p = run.name, layer_of(params, run, i)
         file = None if checkpoints is None else checkpoints / f"layer_{layer}.safetensors"
         if file is not None and file.is_file():
             new, seen = read_block(file)

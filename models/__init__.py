@@ -3,11 +3,12 @@
 from jaxprune.models import axes, mamba
 from jaxprune.models._hf import from_hf_config, to_hf_config
 from jaxprune.models._how import computing
+from jaxprune.models._kinds import layer_of
 from jaxprune.models.checkpoint import load, resolve, save
 from jaxprune.models.config import LayerDims, LlamaConfig, Run
 from jaxprune.models.flax_tree import from_flax, load_flax_msgpack, save_flax_msgpack, to_flax
 from jaxprune.models.forward import apply, hidden
-from jaxprune.models.llama import block, head, mlp, project, rms_norm
+from jaxprune.models.llama import block, embedded, head, mlp, project, rms_norm, stream_norm
 from jaxprune.models.losses import loss_fn, max_logits_fn, sample_targets, token_kl, token_losses
 from jaxprune.models.mamba_config import MambaConfig, MambaDims
 from jaxprune.models.module import Llama
@@ -36,11 +37,13 @@ __all__ = [
     "block",
     "computing",
     "count_parameters",
+    "embedded",
     "from_flax",
     "from_hf_config",
     "head",
     "hidden",
     "init",
+    "layer_of",
     "load",
     "load_flax_msgpack",
     "load_tokenizer",
@@ -59,6 +62,7 @@ __all__ = [
     "save",
     "save_flax_msgpack",
     "shapes",
+    "stream_norm",
     "sublayer",
     "sum_over_units",
     "to_flax",

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxprune.models import _rope, mamba
-from jaxprune.models.llama import block, head, rms_norm
+from jaxprune.models._kinds import told
+from jaxprune.models.llama import block, embedded, head, stream_norm
 from jaxprune.models.mamba_config import MambaConfig
 from jaxprune.models.types import Config, Params
 
@@ -54,7 +55,7 @@ def _forward(params, tokens, start, cfg, cache, pad):
     if isinstance(cfg, MambaConfig):
         return mamba.read(params, tokens, cfg, cache, None if pad is None else start + jnp.arange(t) >= pad[:, None])
     rope = _rope.tables(cfg, start + jnp.arange(t), _room(cache) or t)
-    x, cache = params["embed"][tokens], dict(cache)
+    x, cache = embedded(params, tokens, cfg), dict(cache)
 
     def layer(carry, z):
         x, whole = carry
@@ -67,10 +68,10 @@ def _forward(params, tokens, start, cfg, cache, pad):
     for run in cfg.runs:
         if run.name not in params:
             continue
-        (x, new), _ = jax.lax.scan(layer, (x, cache.get(run.name, {})), (jnp.arange(run.length), params[run.name]))
+        (x, new), _ = jax.lax.scan(layer, (x, cache.get(run.name, {})), (jnp.arange(run.length), told(params[run.name], run)))
         if run.name in cache:
             cache[run.name] = new
-    return head(params, rms_norm(x[:, -1], params["norm"], cfg.norm_eps, width=cfg.norm_width), cfg), cache
+    return head(params, stream_norm(x[:, -1], params["norm"], cfg), cfg), cache
 
 
 @functools.partial(jax.jit, static_argnames="cfg", donate_argnames="cache")

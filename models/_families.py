@@ -1,5 +1,6 @@
 """What differs between the families of transformers that share LLaMA's shape: a family is one entry of this table."""
 
+import math
 from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -9,13 +10,33 @@ from jaxprune.models.config import LayerDims, LlamaConfig
 OURS = "jaxprune_llama"  # what no family can say, see `jaxprune.models.to_hf_config`
 LIKE_LLAMA = ("llama", "mistral", "qwen2")  # tried in this order for a model that its own family cannot say
 # Settings of `LlamaConfig` as LLaMA has them, and the keys of `config.json` that set them.
-TRAITS: dict[str, Any] = dict(sliding_window=None, partial_rotary=1.0, qk_norm=False, post_norms=False)
-KEYS = dict(sliding_window="sliding_window", partial_rotary="partial_rotary_factor") | {
-    trait: f"jaxprune_{trait}" for trait in ("qk_norm", "post_norms")
-}
+TRAITS: dict[str, Any] = dict(
+    sliding_window=None,
+    partial_rotary=1.0,
+    qk_norm=False,
+    post_norms=False,
+    norm_offset=False,
+    embed_scale=None,
+    activation="silu",
+    windowed=(),
+    local_rope_theta=None,
+    score_width=None,
+    score_cap=None,
+    logit_cap=None,
+)
+KEYS = {trait: f"jaxprune_{trait}" for trait in TRAITS} | dict(
+    sliding_window="sliding_window",
+    partial_rotary="partial_rotary_factor",
+    activation="hidden_act",
+    windowed="layer_types",
+    local_rope_theta="rope_local_base_freq",
+    score_width="query_pre_attn_scalar",
+    score_cap="attn_logit_softcapping",
+    logit_cap="final_logit_softcapping",
+)
 NONE: Any = MappingProxyType({})
-GEMMA = "its layers are of two kinds, with and without a window, and it scales its embeddings and caps its logits"
-REFUSED = dict(Gemma2ForCausalLM=GEMMA, Gemma3ForCausalLM=GEMMA)  # architecture -> why
+REFUSED = dict(Gemma3ForConditionalGeneration="it reads images, too")  # architecture -> why
+LEGACY_ACTIVATION = ("gemma",)  # whose first files say `gelu` and mean `gelu_pytorch_tanh`, as transformers reads them
 
 
 class Family(NamedTuple):
@@ -25,8 +46,9 @@ class Family(NamedTuple):
       architecture: its class in transformers.
       defaults: of transformers, for keys that a `config.json` leaves out.
       constants: keys of `config.json` that are the same for all its models.
-      fixed: the `TRAITS` in which all its models differ from LLaMA.
+      fixed: the `TRAITS` in which all its models differ from LLaMA; a function gives the value from the width of the stream.
       free: the `TRAITS` that `config.json` sets, by their `KEYS`.
+      keys: trait -> the key that it has in this family instead.
       biases: key of `config.json` -> the matrices that have a bias if it is true.
       always: the matrices that always have a bias.
       says: does the class of transformers take a model whose layers have these widths, as far as the rest does not decide it?
@@ -40,6 +62,7 @@ class Family(NamedTuple):
     constants: dict[str, Any] = NONE
     fixed: dict[str, Any] = NONE
     free: tuple[str, ...] = ()
+    keys: dict[str, str] = NONE
     biases: dict[str, tuple[str, ...]] = NONE
     always: tuple[str, ...] = ()
     says: Callable[[LlamaConfig, LayerDims], bool] = lambda cfg, dims: True
@@ -47,9 +70,17 @@ class Family(NamedTuple):
     fused: dict[str, tuple[str, ...]] = NONE
     interleaved: bool = False
 
+    def key(self, trait: str) -> str:
+        """The key of `config.json` that sets a trait."""
+        return self.keys.get(trait, KEYS[trait])
+
 
 def _divisible(cfg: LlamaConfig, dims: LayerDims) -> bool:
     return cfg.d % (dims.kv_heads * dims.q_per_kv) == 0
+
+
+def _gemma_2(cfg: LlamaConfig, dims: LayerDims) -> bool:
+    return _divisible(cfg, dims) and bool(cfg.windowed) and cfg.score_width is not None
 
 
 def _phi3(cfg: LlamaConfig, dims: LayerDims) -> bool:
@@ -70,6 +101,23 @@ GLM = dict(  # defaults
     attention_bias=True,
     pad_token_id=151329,
     eos_token_id=[151329, 151336, 151338],
+)
+GEMMA = dict(norm_offset=True, embed_scale=math.sqrt, activation="gelu_pytorch_tanh")  # fixed
+GEMMA_DEFAULTS = dict(
+    max_position_embeddings=8192,
+    head_dim=256,
+    tie_word_embeddings=True,
+    pad_token_id=0,
+    eos_token_id=1,
+    bos_token_id=2,
+)
+GEMMA_BIASES: dict[str, tuple[str, ...]] = dict(attention_bias=("q", "k", "v", "o"))
+GEMMA_2_DEFAULTS = GEMMA_DEFAULTS | dict(num_key_value_heads=4, sliding_window=4096, query_pre_attn_scalar=256)
+GEMMA_2_KEYS = dict(activation="hidden_activation")
+GEMMA_2_NAMES = dict(
+    attn_post_norm="post_attention_layernorm.weight",
+    mlp_norm="pre_feedforward_layernorm.weight",
+    mlp_post_norm="post_feedforward_layernorm.weight",
 )
 FAMILIES = dict(
     llama=Family(
@@ -130,6 +178,43 @@ FAMILIES = dict(
         fused=GATE_UP,
         interleaved=True,
     ),
+    gemma=Family(
+        "GemmaForCausalLM",
+        defaults=GEMMA_DEFAULTS | dict(num_key_value_heads=16),
+        fixed=GEMMA,
+        biases=GEMMA_BIASES,
+    ),
+    gemma2=Family(
+        "Gemma2ForCausalLM",
+        defaults=GEMMA_2_DEFAULTS
+        | dict(
+            sliding_window_pattern=2,
+            attn_logit_softcapping=50.0,
+            final_logit_softcapping=30.0,
+        ),
+        fixed=GEMMA | dict(post_norms=True),
+        free=("sliding_window", "windowed", "score_width", "score_cap", "logit_cap"),
+        keys=GEMMA_2_KEYS,
+        biases=GEMMA_BIASES,
+        says=_gemma_2,
+        names=GEMMA_2_NAMES,
+    ),
+    gemma3_text=Family(
+        "Gemma3ForCausalLM",
+        defaults=GEMMA_2_DEFAULTS
+        | dict(
+            sliding_window_pattern=6,
+            max_position_embeddings=131072,
+            rope_theta=1000000.0,
+            rope_local_base_freq=10000.0,
+        ),
+        fixed=GEMMA | dict(post_norms=True, qk_norm=True),
+        free=("sliding_window", "windowed", "local_rope_theta", "score_width", "logit_cap"),
+        keys=GEMMA_2_KEYS,
+        biases=GEMMA_BIASES,
+        says=lambda cfg, dims: _gemma_2(cfg, dims) and cfg.local_rope_theta is not None,
+        names=GEMMA_2_NAMES,
+    ),
     jaxprune_llama=Family("JaxpruneLlamaForCausalLM", free=tuple(TRAITS)),
 )
 
@@ -142,6 +227,16 @@ def beyond_llama(cfg: LlamaConfig) -> list[str]:
     ['norms of queries and keys']
     """
     what = dict(
-        qk_norm="norms of queries and keys", partial_rotary="heads that rotate in part", post_norms="norms behind sublayers"
+        qk_norm="norms of queries and keys",
+        partial_rotary="heads that rotate in part",
+        post_norms="norms behind sublayers",
+        norm_offset="norms whose gain is one more than their tensor",
+        embed_scale="scaled embeddings",
+        activation="an MLP gate other than SiLU",
+        windowed="layers with a window and layers without",
+        local_rope_theta="rotary embeddings of two kinds",
+        score_width="a scale of attention scores that is not the heads'",
+        score_cap="capped attention scores",
+        logit_cap="capped logits",
     )
     return [words for trait, words in what.items() if getattr(cfg, trait) != TRAITS[trait]]

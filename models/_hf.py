@@ -4,13 +4,15 @@ from typing import Any
 
 from jaxprune.models import _hf_mamba
 from jaxprune.models._families import FAMILIES, KEYS, LIKE_LLAMA, OURS, REFUSED, TRAITS, Family, beyond_llama
+from jaxprune.models._hf_kinds import kinds_of_rope, rope_by_kind
 from jaxprune.models._hf_layers import layer_to_hf, layers_from_hf, number, positive, widths
 from jaxprune.models._hf_rope import OWN_LENGTH, partial_from_hf, rope_from_hf, rope_to_hf
+from jaxprune.models._hf_traits import GONE_KEY, fixed, traits_from_hf, traits_to_hf
 from jaxprune.models.config import LayerDims, LlamaConfig
 from jaxprune.models.mamba_config import MambaConfig
 from jaxprune.models.types import Config
 
-BIASES_KEY, GONE_KEY, FAMILY_KEY = "jaxprune_biases", "jaxprune_gone_layers", "jaxprune_family"
+BIASES_KEY, FAMILY_KEY = "jaxprune_biases", "jaxprune_family"
 SHORTCUTS_KEY, NORM_KEY = "jaxprune_shortcuts", "jaxprune_norm_width"
 MODULE = "modeling_jaxprune"  # what transformers loads beside the weights of a model that none of its own classes can be
 AUTO_MAP = dict(AutoConfig=f"{MODULE}.JaxpruneLlamaConfig", AutoModelForCausalLM=f"{MODULE}.JaxpruneLlamaForCausalLM")
@@ -37,6 +39,8 @@ def from_hf_config(config: dict[str, Any]) -> Config:
         return _hf_mamba.from_hf(config)
     family = _family(config)
     config = {**FAMILIES[family].defaults, **config}
+    if "local_rope_theta" in FAMILIES[family].free:
+        config = rope_by_kind(config, KEYS["local_rope_theta"])
     config[KEYS["partial_rotary"]] = partial_from_hf(config)
     _refuse(config, family)
     n, d = positive(config, "num_hidden_layers"), positive(config, "hidden_size")
@@ -45,7 +49,7 @@ def from_hf_config(config: dict[str, Any]) -> Config:
         layers.insert(position, LayerDims(0, 0, 0))
     absent = config.get("head_dim") is None
     head_dim = d // positive(config, "num_attention_heads") if absent else positive(config, "head_dim")
-    traits = TRAITS | FAMILIES[family].fixed | {t: config.get(KEYS[t], TRAITS[t]) for t in FAMILIES[family].free}
+    traits = traits_from_hf(config, family, d)
     theta, scaling = rope_from_hf(config, int(head_dim * traits["partial_rotary"]))
     eos = config.get("eos_token_id")
     return LlamaConfig(
@@ -99,6 +103,7 @@ def to_hf_config(cfg: Config) -> dict[str, Any]:
     sayable = [f for f in (cfg.family, *LIKE_LLAMA) if equal and can_say(f, cfg, alive[0])]
     family = sayable[0] if sayable else OURS
     table, plain = FAMILIES[family], family != OURS
+    gone = [i for i, dims in enumerate(cfg.layers) if plain and not cfg.layer_arrays(dims)]
     theta, scaling, rope = rope_to_hf(cfg)
     config: dict[str, Any] = dict(
         architectures=[table.architecture],
@@ -108,19 +113,16 @@ def to_hf_config(cfg: Config) -> dict[str, Any]:
         head_dim=cfg.head_dim,
         num_hidden_layers=len(alive if plain else cfg.layers),
         **widths(alive[0] if plain else LayerDims(0, 0, 0)),
-        hidden_act="silu",
         rms_norm_eps=cfg.norm_eps,
         max_position_embeddings=cfg.max_positions,
-        rope_parameters=rope,
+        rope_parameters=kinds_of_rope(cfg, rope) if plain else rope,
         tie_word_embeddings=cfg.tie_embeddings,
         bos_token_id=cfg.bos_id,
         eos_token_id=cfg.eos_ids[0] if len(cfg.eos_ids) == 1 else list(cfg.eos_ids) or None,
         pad_token_id=cfg.pad_id,
     )
     config |= {key: bool(set(cfg.biases) & set(names)) for key, names in table.biases.items()} | table.constants
-    for trait in table.free:
-        if plain or trait == "sliding_window" or getattr(cfg, trait) != TRAITS[trait]:
-            config[KEYS[trait]] = getattr(cfg, trait)
+    config |= traits_to_hf(cfg, family, gone)
     if OWN_LENGTH in table.defaults:
         config[OWN_LENGTH] = dict(cfg.rope_scaling).get(OWN_LENGTH, table.defaults[OWN_LENGTH])
     if plain:
@@ -136,8 +138,8 @@ def to_hf_config(cfg: Config) -> dict[str, Any]:
         config |= {SHORTCUTS_KEY: True} if cfg.shortcuts else {}
         config |= {} if cfg.norm_width is None else {NORM_KEY: cfg.norm_width}
         config["per_layer_config"] = {str(i): layer_to_hf(dims) for i, dims in enumerate(cfg.layers)}
-    elif len(alive) < len(cfg.layers):
-        config[GONE_KEY] = [i for i, dims in enumerate(cfg.layers) if not cfg.layer_arrays(dims)]
+    elif gone:
+        config[GONE_KEY] = gone
     return config
 
 
@@ -181,10 +183,12 @@ def _family(config: dict[str, Any]) -> str:
 
 
 def _refuse(config: dict[str, Any], family: str) -> None:
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ValueError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; supported is 'silu'")
     if config.get("quantization_config"):
         raise ValueError("config.json: quantization_config is set; quantised checkpoints can only be read as GGUF")
+    if config.get("use_bidirectional_attention"):
+        raise ValueError(
+            "config.json: use_bidirectional_attention is true; supported are models whose tokens attend to earlier ones"
+        )
     table = FAMILIES[family]
     windows = config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or [])
     if windows and "use_sliding_window" in table.constants:
@@ -211,6 +215,6 @@ def can_say(family: str, cfg: LlamaConfig, dims: LayerDims) -> bool:
     if not table.says(cfg, dims) or dict(cfg.rope_scaling).get("rope_type") == "grid":
         return False
     possible = set(sum(table.biases.values(), table.always))
-    traits = TRAITS | table.fixed
+    traits = TRAITS | fixed(table, cfg.d)
     same = all(getattr(cfg, trait) == value for trait, value in traits.items() if trait not in table.free)
     return same and set(table.always) <= set(cfg.biases) <= possible

@@ -11,6 +11,23 @@ from jaxprune.models._mesh import spread_names
 LANES = 128  # of a TPU: the kernel's blocks are multiples of it
 
 
+def whole(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int | None, cap: float | None, attention: str
+) -> jax.Array:
+    """Attention of sequences that begin at position 0 by the function that is called `attention`; arguments as in `attend`.
+
+    Raises:
+      ValueError: that function has no cap, or does not compute in the types of the arrays.
+    """
+    if attention == "splash":
+        return splash(q, k, v, scale, window, cap)
+    if cap is not None:
+        raise ValueError(
+            f"attention: {attention} given, which cannot cap attention scores as the model does; use blocks, or splash on a TPU"
+        )
+    return dot_product(q, k, v, scale, window, attention)
+
+
 def dot_product(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int | None, implementation: Any) -> jax.Array:
     """`jax.nn.dot_product_attention` of sequences that begin at position 0; arguments as in `_attention.attend`.
 
@@ -32,19 +49,28 @@ def dot_product(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: 
     return out.reshape(q.shape)
 
 
-def splash(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int | None, *, interpret: bool = False) -> jax.Array:
+def splash(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    window: int | None,
+    cap: float | None = None,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
     """JAX's Pallas kernel, each device of a mesh with its own sequences and KV groups; arguments as in `_attention.attend`.
 
     Args:
       q, k, v: of sequences that begin at position 0.
-      scale, window: as in `attend`.
+      scale, window, cap: as in `attend`.
       interpret: run the kernel's operations one by one, on any device.
     """
     mesh = jax.sharding.get_abstract_mesh()
     auto = [a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto]
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return _splash(q, k, v, scale, window, interpret)
+        return _splash(q, k, v, scale, window, cap, interpret)
 
     if not auto:
         return local(q, k, v)
@@ -53,7 +79,7 @@ def splash(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, window: int |
     return jax.shard_map(local, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(q, k, v)
 
 
-def _splash(q, k, v, scale, window, interpret):
+def _splash(q, k, v, scale, window, cap, interpret):
     from jax.experimental.pallas.ops.tpu import splash_attention as library
 
     b, t, groups, g, h = q.shape
@@ -65,6 +91,6 @@ def _splash(q, k, v, scale, window, interpret):
     shape = (n, n)
     mask = library.CausalMask(shape) if window is None else library.LocalMask(shape, (window - 1, 0), 0)
     heads = library.MultiHeadMask([mask] * (groups * g))
-    kernel = library.make_splash_mha(heads, head_shards=1, q_seq_shards=1, interpret=interpret)
+    kernel = library.make_splash_mha(heads, head_shards=1, q_seq_shards=1, attn_logits_soft_cap=cap, interpret=interpret)
     out = jax.vmap(kernel)(by_head(q * scale), by_head(k), by_head(v))
     return out[:, :, :t].swapaxes(1, 2).reshape(q.shape)

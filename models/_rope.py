@@ -1,5 +1,6 @@
 """Rotary position embeddings (Su et al., 2021) in the half-rotated layout of Hugging Face, with its scalings."""
 
+import dataclasses
 import math
 
 import jax
@@ -70,7 +71,15 @@ def _yarn(s: dict, inv: np.ndarray, cfg: LlamaConfig) -> tuple[np.ndarray, float
 
 
 def tables(cfg: LlamaConfig, positions: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, float32[t, rotary_dim / 2], at int32[t] positions."""
+    """cos and sin, float32[t, rotary_dim / 2], at int32[t] positions.
+
+    Where layers with a window have a base of their own they are float32[2, t, rotary_dim / 2], the second being theirs.
+    """
+    if cfg.local_rope_theta is not None:
+        plain = dataclasses.replace(cfg, local_rope_theta=None)
+        local = dataclasses.replace(plain, rope_theta=cfg.local_rope_theta, rope_scaling=())
+        cos, sin = zip(*(tables(one, positions, length) for one in (plain, local)), strict=True)
+        return jnp.stack(cos), jnp.stack(sin)
     if dict(cfg.rope_scaling).get("rope_type") == "grid":
         return _grid(cfg, positions)
     inv, factor = frequencies(cfg, length)

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 from jaxprune.models import axes
 
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # as transformers calls them
+
 
 class LayerDims(NamedTuple):
     """Widths of one decoder layer; 0 means that this sublayer is gone.
@@ -29,14 +31,15 @@ class Run(NamedTuple):
     start: int
     length: int
     dims: Any
+    windowed: tuple[bool, ...] = ()  # of its layers, where the model has two kinds
 
 
-def runs_of(layers: tuple[Any, ...]) -> tuple[Run, ...]:
+def runs_of(layers: tuple[Any, ...], windowed: tuple[bool, ...] = ()) -> tuple[Run, ...]:
     """Consecutive layers of equal widths, in order."""
     out, start = [], 0
     for i, (dims, group) in enumerate(itertools.groupby(layers)):
         length = len(list(group))
-        out.append(Run(f"run_{i}", start, length, dims))
+        out.append(Run(f"run_{i}", start, length, dims, windowed[start : start + length]))
         start += length
     return tuple(out)
 
@@ -48,8 +51,9 @@ class LlamaConfig:
     Attributes:
       vocab: vocabulary size.
       d: width of the residual stream.
-      head_dim: size of one head. The softmax scale is `head_dim ** -0.5`.
+      head_dim: size of one head.
       layers: widths of each decoder layer.
+      activation: of the MLP's gate, one of `ACTIVATIONS`.
       norm_eps: added to the mean square inside RMSNorm.
       rope_theta: base of the rotary frequencies.
       rope_scaling: Hugging Face's rope scaling settings as sorted pairs, e.g. `(("factor", 8.0), ("rope_type", "llama3"))`.
@@ -57,9 +61,17 @@ class LlamaConfig:
       tie_embeddings: the output head is the transposed embedding.
       biases: which of q k v o gate up down add a bias.
       sliding_window: a token attends to at most this many last tokens (Mistral), or None.
+      windowed: does `sliding_window` hold in this layer? One for each layer, empty where it holds in all (Gemma 2 and 3).
+      local_rope_theta: base of the rotary frequencies of layers with a window, which are not scaled (Gemma 3), or None where
+        it is that of all layers.
+      score_width: attention scores are divided by its root, or None for `head_dim`.
+      score_cap: attention scores s become `score_cap * tanh(s / score_cap)` (Gemma 2), or None.
+      logit_cap: the same of logits.
       partial_rotary: fraction of a head that rotates: its first `rotary_dim` dimensions (GLM).
       qk_norm: each query and each key goes through an RMSNorm over its head dimension before it rotates (Qwen3).
       post_norms: what a sublayer adds to the residual stream goes through an RMSNorm of its own before (GLM-4-0414).
+      norm_offset: the gain of an RMSNorm is one plus its array (Gemma).
+      embed_scale: what embeddings are multiplied by before the first layer, in the dtype of the weights (Gemma), or None.
       shortcuts: every layer has two matrices [d, d] that the residual stream is multiplied by before its attention and its MLP
         add to it, see `jaxprune.recovery.slice_gpt`.
       norm_width: what RMSNorm divides the sum of squares by, or None for the width of what it norms.
@@ -71,6 +83,7 @@ class LlamaConfig:
     d: int
     head_dim: int
     layers: tuple[LayerDims, ...]
+    activation: str = "silu"
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: tuple[tuple[str, Any], ...] = ()
@@ -78,9 +91,16 @@ class LlamaConfig:
     tie_embeddings: bool = False
     biases: tuple[str, ...] = ()
     sliding_window: int | None = None
+    windowed: tuple[bool, ...] = ()
+    local_rope_theta: float | None = None
+    score_width: int | None = None
+    score_cap: float | None = None
+    logit_cap: float | None = None
     partial_rotary: float = 1.0
     qk_norm: bool = False
     post_norms: bool = False
+    norm_offset: bool = False
+    embed_scale: float | None = None
     shortcuts: bool = False
     norm_width: int | None = None
     family: str = "llama"
@@ -94,8 +114,19 @@ class LlamaConfig:
             raise ValueError(f"biases: {sorted(unknown)} given; allowed are {axes.MATRICES}")
         if self.post_norms and (added := [n for n in ("o", "down") if n in self.biases]):
             raise ValueError(f"biases: {added} given with post_norms; a bias that is normalised afterwards is not supported")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: {self.activation!r} given; allowed are {', '.join(ACTIVATIONS)}")
         if not self.layers:
             raise ValueError("layers: none given; a model needs at least one LayerDims")
+        if self.windowed and len(self.windowed) != len(self.layers):
+            raise ValueError(f"windowed: {len(self.windowed)} given for {len(self.layers)} layers; one each is needed, or none")
+        if any(self.windowed) and self.sliding_window is None:
+            raise ValueError("windowed: layers with a window given without sliding_window; give its length")
+        if self.local_rope_theta is not None and not self.windowed:
+            raise ValueError("local_rope_theta: given without windowed, which says in which layers it holds")
+        for name in ("score_width", "score_cap", "logit_cap", "local_rope_theta", "embed_scale"):
+            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}: {value} given; it must be a positive number, or None")
         if self.head_dim % 2:
             raise ValueError(f"head_dim: {self.head_dim} given; rotary embeddings need an even number")
         if not 0 < self.partial_rotary <= 1 or self.rotary_dim < 2 or self.rotary_dim % 2:
@@ -107,6 +138,11 @@ class LlamaConfig:
             raise ValueError(f"norm_width: {self.norm_width} given; it must be at least 1, or None for the width of the stream")
         if any(n < 0 for dims in self.layers for n in dims):
             raise ValueError(f"layers: negative widths in {self.layers}; use 0 for a sublayer that is gone")
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on attention scores."""
+        return (self.score_width or self.head_dim) ** -0.5
 
     @property
     def rotary_dim(self) -> int:
@@ -122,7 +158,12 @@ class LlamaConfig:
         >>> [(run.name, run.start, run.length) for run in cfg.runs]
         [('run_0', 0, 3), ('run_1', 3, 1)]
         """
-        return runs_of(self.layers)
+        return runs_of(self.layers, self.windowed)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Last tokens that each layer sees, or None for all."""
+        return tuple(self.sliding_window if held else None for held in self.windowed or (True,) * len(self.layers))
 
     @property
     def matrices(self) -> tuple[str, ...]:

@@ -6,20 +6,38 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxprune.models import _rope, _taps, axes
+from jaxprune.models import _kinds, _rope, _taps, axes
 from jaxprune.models._attention import attend
 from jaxprune.models._mesh import by_sequence
 from jaxprune.models._through import through
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.types import Config, Params, Probes
 
+ACTIVATIONS = dict(silu=jax.nn.silu, gelu_pytorch_tanh=jax.nn.gelu)
 
-def rms_norm(x: jax.Array, w: jax.Array, eps: float, gate: jax.Array | None = None, width: int | None = None) -> jax.Array:
-    """x / sqrt(sum(x^2) / n + eps) * w, with n = `width`, or the channels that `gate` keeps if that is None."""
+
+def rms_norm(
+    x: jax.Array, w: jax.Array, eps: float, gate: jax.Array | None = None, width: int | None = None, offset: bool = False
+) -> jax.Array:
+    """x / sqrt(sum(x^2) / n + eps) * w, with n = `width`, or the channels that `gate` keeps if that is None.
+
+    With `offset` the factor is 1 + w, and the product is rounded once, as Gemma's is.
+    """
     x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     n = width if width is not None else x.shape[-1] if gate is None else jnp.sum(gate)
     x32 = x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, -1, keepdims=True) / n + eps)
-    return x32.astype(x.dtype) * w
+    return (x32 * (1 + w.astype(x32.dtype))).astype(x.dtype) if offset else x32.astype(x.dtype) * w
+
+
+def stream_norm(x: jax.Array, w: jax.Array, cfg: LlamaConfig, gate: jax.Array | None = None) -> jax.Array:
+    """The residual stream `x`, [..., d], through the RMSNorm of the model with the array `w`, [d]; `gate` as in `rms_norm`."""
+    return rms_norm(x, w, cfg.norm_eps, gate, cfg.norm_width, cfg.norm_offset)
+
+
+def embedded(params: Params, tokens: Int[Array, "b t"], cfg: LlamaConfig) -> Float[Array, "b t d"]:
+    """The residual stream before the first layer."""
+    x = params["embed"][tokens]
+    return x if cfg.embed_scale is None else x * jnp.float32(cfg.embed_scale).astype(x.dtype)
 
 
 def linear(p: dict, name: str, x: jax.Array) -> jax.Array:
@@ -46,23 +64,25 @@ def _add_bias(p: dict, name: str, x: jax.Array) -> jax.Array:
 
 def attention(p: dict, x: jax.Array, cfg: LlamaConfig, rope, gates: dict, cache: dict | None = None, start=0, mask_from=None):
     """What the output projection of the attention reads, [b, t, k, g, h], and the new cache; arguments as in `block`."""
-    y = rms_norm(x, p["attn_norm"], cfg.norm_eps, gates.get("d"), cfg.norm_width)
+    y = stream_norm(x, p["attn_norm"], cfg, gates.get("d"))
     q, k, v = (_add_bias(p, name, linear(p, name, y)) for name in "qkv")
     if cfg.qk_norm:
-        q, k = rms_norm(q, p["q_norm"], cfg.norm_eps), rms_norm(k, p["k_norm"], cfg.norm_eps)
-    q, k = _rope.rotate(q, *rope), _rope.rotate(k, *rope)
+        q, k = (rms_norm(x, p[n], cfg.norm_eps, offset=cfg.norm_offset) for n, x in (("q_norm", q), ("k_norm", k)))
+    cos, sin = _kinds.rope_of(p, rope)
+    q, k = _rope.rotate(q, cos, sin), _rope.rotate(k, cos, sin)
     if cache is not None:
         k = jax.lax.dynamic_update_slice(cache["k"], k, (0, start, 0, 0))
         v = jax.lax.dynamic_update_slice(cache["v"], v, (0, start, 0, 0))
         cache = dict(k=k, v=v)
-    z = attend(q, k, v, cfg.head_dim**-0.5, start, cfg.sliding_window, mask_from)
+    windowed = p[_kinds.WINDOWED] if cfg.windowed else None
+    z = attend(q, k, v, cfg.score_scale, start, cfg.sliding_window, mask_from, windowed, cfg.score_cap)
     return z * gates["k"][:, None, None] if "k" in gates else z, cache
 
 
 def mlp(p: dict, x: jax.Array, cfg: LlamaConfig, gates: dict) -> jax.Array:
     """What the down projection of the MLP reads, [b, t, f]; arguments as in `block`."""
-    y = rms_norm(x, p["mlp_norm"], cfg.norm_eps, gates.get("d"), cfg.norm_width)
-    z = jax.nn.silu(_add_bias(p, "gate", linear(p, "gate", y))) * _add_bias(p, "up", linear(p, "up", y))
+    y = stream_norm(x, p["mlp_norm"], cfg, gates.get("d"))
+    z = ACTIVATIONS[cfg.activation](_add_bias(p, "gate", linear(p, "gate", y))) * _add_bias(p, "up", linear(p, "up", y))
     return z * gates["f"] if "f" in gates else z
 
 
@@ -91,7 +111,7 @@ def project(
             update = _taps.second_moment(update, output["k" if name == "o" else "f"])
         update = gated(update)
         if (norm := axes.POST_NORM_BEHIND[name]) in p:
-            update = rms_norm(update, p[norm], cfg.norm_eps, gates.get("d"), cfg.norm_width)
+            update = stream_norm(update, p[norm], cfg, gates.get("d"))
         x = x + update
     return x + gated(p[f"{name}_bias"].astype(x.dtype)) if f"{name}_bias" in p else x
 
@@ -110,9 +130,9 @@ def block(
     """One decoder layer. A sublayer whose arrays are absent adds nothing but its bias; its shortcut stays.
 
     Args:
-      p: arrays of the layer, by name.
+      p: arrays of the layer, by name, and its kind as in `_kinds` where the model has two.
       x: residual stream, [b, t, d].
-      rope: cos and sin, float32[t, h/2].
+      rope: cos and sin as `_rope.tables` returns them.
       gates: axis letter -> float32[units]; absent letters are all ones.
       cache: keys and values so far, {"k", "v"}: [b, s, k, h], or None to attend within `x` alone.
       start: position of `x[:, 0]`.
@@ -143,7 +163,7 @@ def hidden(
     """The residual stream after the final norm; arguments as in `jaxprune.models.hidden`."""
     probes = probes or {}
     first_gates = probes["gates"][0] if "gates" in probes else {}
-    x = params["embed"][tokens]
+    x = embedded(params, tokens, cfg)
     if "d" in first_gates:
         x = x * first_gates["d"].astype(x.dtype)
     rope = _rope.tables(cfg, jnp.arange(tokens.shape[1]), tokens.shape[1])
@@ -152,12 +172,18 @@ def hidden(
         return block(p, x, cfg, rope, probes.get("gates", {}), output=probes.get("output"))[0]
 
     x = through(params, x, cfg, one, probes, remat=remat, microbatch=microbatch, axis_name=axis_name)
-    return rms_norm(by_sequence(x), params["norm"], cfg.norm_eps, first_gates.get("d"), cfg.norm_width)
+    return stream_norm(by_sequence(x), params["norm"], cfg, first_gates.get("d"))
 
 
 def head(params: Params, x: Float[Array, "... d"], cfg: Config) -> Float[Array, "... v"]:
     """Logits, in float32; in float64 for a model that is."""
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     if cfg.tie_embeddings:
-        return jnp.einsum("...d,vd->...v", x, params["embed"], preferred_element_type=dtype)
-    return jnp.einsum("...d,dv->...v", x, params["head"], preferred_element_type=dtype)
+        return capped(jnp.einsum("...d,vd->...v", x, params["embed"], preferred_element_type=dtype), cfg)
+    return capped(jnp.einsum("...d,dv->...v", x, params["head"], preferred_element_type=dtype), cfg)
+
+
+def capped(logits: jax.Array, cfg: Config) -> jax.Array:
+    """cap * tanh(logits / cap) with the `logit_cap` of the model, if it has one."""
+    cap = cfg.logit_cap if isinstance(cfg, LlamaConfig) else None
+    return logits if cap is None else cap * jnp.tanh(logits / cap)

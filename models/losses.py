@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.models._mesh import by_sequence, from_parts, in_parts, ways
 from jaxprune.models.forward import hidden
-from jaxprune.models.llama import head
+from jaxprune.models.llama import capped, head
 from jaxprune.models.types import Config, LossFn, Params, Probes, Tokens
 
 
@@ -173,7 +173,7 @@ def max_logits_fn(cfg: Config, *, microbatch: int | None = None, axis_name: str 
 
         @jax.checkpoint
         def part(x, rows):
-            return jnp.einsum("btd,vd->bvt", x, rows, preferred_element_type=jnp.float32).max(-1).sum(-1)
+            return capped(jnp.einsum("btd,vd->bvt", x, rows, preferred_element_type=jnp.float32).max(-1), cfg).sum(-1)
 
         def add(total, start):
             return total + part(x, jax.lax.dynamic_slice_in_dim(out, start, size)), None

@@ -14,9 +14,9 @@ from jaxprune.models.params import shapes
 from jaxprune.models.types import Probes
 
 
-def _initializer(name: str) -> Any:
+def _initializer(name: str, cfg: LlamaConfig) -> Any:
     if name.endswith("norm"):
-        return nn.initializers.ones
+        return nn.initializers.zeros if cfg.norm_offset else nn.initializers.ones
     if name in axes.SHORTCUTS:
         return lambda key, shape, dtype: jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)
     return nn.initializers.zeros if name.endswith("_bias") else nn.initializers.normal(0.02)
@@ -26,11 +26,12 @@ class _Run(nn.Module):
     """Declares the stacked arrays of one run, as (name, shape) pairs."""
 
     arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    cfg: LlamaConfig
     dtype: Any
 
     @nn.compact
     def __call__(self) -> dict[str, jax.Array]:
-        return {name: self.param(name, _initializer(name), shape, self.dtype) for name, shape in self.arrays}
+        return {name: self.param(name, _initializer(name, self.cfg), shape, self.dtype) for name, shape in self.arrays}
 
 
 class Llama(nn.Module):
@@ -60,7 +61,7 @@ class Llama(nn.Module):
         params = {}
         for name, leaf in shapes(self.cfg).items():
             if isinstance(leaf, dict):
-                params[name] = _Run(tuple((n, x.shape) for n, x in leaf.items()), self.dtype, name=name)()
+                params[name] = _Run(tuple((n, x.shape) for n, x in leaf.items()), self.cfg, self.dtype, name=name)()
             else:
-                params[name] = self.param(name, _initializer(name), leaf.shape, self.dtype)
+                params[name] = self.param(name, _initializer(name, self.cfg), leaf.shape, self.dtype)
         return apply(params, tokens, self.cfg, probes, **options)

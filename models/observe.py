@@ -9,9 +9,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxprune.models import _rope, axes
 from jaxprune.models._how import rematerialised
+from jaxprune.models._kinds import told
 from jaxprune.models._mesh import by_sequence
+from jaxprune.models._through import over_layers
 from jaxprune.models.config import LlamaConfig
-from jaxprune.models.llama import attention, mlp, project, rms_norm
+from jaxprune.models.llama import attention, embedded, mlp, project, stream_norm
 from jaxprune.models.types import Axis, Params
 
 
@@ -36,7 +38,7 @@ def reads(p: dict, name: str, x: jax.Array, cfg: LlamaConfig) -> jax.Array:
     """What an output projection of one layer reads: [b, t, k, g, h] of the attention, [b, t, f] of the MLP.
 
     Args:
-      p: arrays of the layer, by name.
+      p: arrays of the layer, by name, as `block` reads them.
       name: `o` or `down`.
       x: residual stream before the sublayer, [b, t, d].
       cfg: the model.
@@ -58,7 +60,9 @@ def sublayer(p: dict, name: str, x: jax.Array, cfg: LlamaConfig) -> jax.Array:
 Reduce = Callable[[dict[Axis, Site]], Any]
 
 
-def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: LlamaConfig) -> tuple[Any, ...]:
+def observe(
+    params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: LlamaConfig, layers: range | None = None
+) -> tuple[Any, ...]:
     """Runs the model and reduces each layer's activations where they arise; what `reduce` does not read is not computed.
 
     Args:
@@ -66,6 +70,7 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
       tokens: token ids.
       reduce: the sites of one layer by axis letter (`k` attention, `f` MLP; absent where the sublayer is gone) -> any tree.
       cfg: what `params` was made with.
+      layers: consecutive layers to look at, or None for all; the model runs up to the last of them.
 
     Returns:
       What `reduce` returned, layer by layer.
@@ -78,15 +83,25 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
     >>> len(seen), seen[0].shape
     (3, (48,))
     """
-    x = params["embed"][tokens]
+    layers = range(len(cfg.layers)) if layers is None else layers
+    x = embedded(params, tokens, cfg)
     out: list[Any] = []
     for run in cfg.runs:
-        if not (arrays := params.get(run.name, {})):
-            out += [reduce({})] * run.length
+        # of this run: the layers before those that are looked at, and these
+        first, last = (min(max(at - run.start, 0), run.length) for at in (layers.start, layers.stop))
+        if run.start >= layers.stop:
+            break
+        if not (arrays := told(params.get(run.name, {}), run)):
+            out += [reduce({})] * (last - first)
             continue
 
-        def layer(x, p):
-            x, sites = by_sequence(x), {}
+        def passing(x, z):
+            for name in axes.OUTPUT.values():
+                x = sublayer(z[0], name, by_sequence(x), cfg)
+            return x, None
+
+        def layer(x, z):
+            (p, _), (x, sites) = z, (by_sequence(x), {})
             for axis, name in axes.OUTPUT.items():
                 z, before = None, x
                 if name in p:
@@ -94,11 +109,14 @@ def observe(params: Params, tokens: Int[Array, "b t"], reduce: Reduce, cfg: Llam
                 x = project(p, name, x, z, cfg, {})
                 if z is not None:
                     norm = p["attn_norm" if axis == "k" else "mlp_norm"]
-                    sites[axis] = Site(p[name], z, rms_norm(before, norm, cfg.norm_eps, width=cfg.norm_width), before, x)
+                    sites[axis] = Site(p[name], z, stream_norm(before, norm, cfg), before, x)
             return x, reduce(sites)
 
-        x, stacked = jax.lax.scan(layer, x, arrays)
-        out += [jax.tree.map(lambda s, i=i: s[i], stacked) for i in range(run.length)]
+        if first:
+            x, _ = over_layers(passing, x, arrays, {}, 0, first)
+        if last > first:
+            x, stacked = over_layers(layer, x, arrays, {}, first, last)
+            out += [jax.tree.map(lambda s, i=i: s[i], stacked) for i in range(last - first)]
     return tuple(out)
 
 
@@ -122,7 +140,7 @@ def residuals(
     >>> states.shape, bool((last == models.hidden(params, tokens, cfg)).all())
     ((4, 1, 5, 32), True)
     """
-    x = params["embed"][tokens]
+    x = embedded(params, tokens, cfg)
     out = [x[None]]
 
     def layer(x, p):
@@ -131,7 +149,7 @@ def residuals(
         return x, x
 
     for run in cfg.runs:
-        if arrays := params.get(run.name, {}):
+        if arrays := told(params.get(run.name, {}), run):
             x, states = jax.lax.scan(rematerialised(layer) if remat else layer, x, arrays)
         else:
             states = jnp.broadcast_to(x, (run.length, *x.shape))

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxprune.models import axes
 from jaxprune.models._mamba_init import initial
+from jaxprune.models.config import LlamaConfig
 from jaxprune.models.mamba_config import MambaConfig
 from jaxprune.models.types import Config, Params, Probes
 
@@ -23,7 +24,7 @@ def shapes(cfg: Config, dtype: Any = jnp.float32) -> Params:
 
 
 def init(key: jax.Array, cfg: Config, dtype: Any = jnp.float32) -> Params:
-    """Random parameters: norms one, biases zero, shortcuts the identity, matrices normal with standard deviation 0.02.
+    """Random parameters: gains of norms one, biases zero, shortcuts the identity, matrices normal with standard deviation 0.02.
 
     What else Mamba has starts as in `jaxprune.models._mamba_init`.
     """
@@ -37,7 +38,7 @@ def init(key: jax.Array, cfg: Config, dtype: Any = jnp.float32) -> Params:
         if isinstance(cfg, MambaConfig) and (own := initial(name, drawn / 0.02, cfg)) is not None:
             return jnp.asarray(own, leaf.dtype)
         if name.endswith("norm"):
-            return jnp.ones(leaf.shape, leaf.dtype)
+            return jnp.full(leaf.shape, 0 if isinstance(cfg, LlamaConfig) and cfg.norm_offset else 1, leaf.dtype)
         if name.endswith("_bias"):
             return jnp.zeros(leaf.shape, leaf.dtype)
         if name in axes.SHORTCUTS:
@@ -57,13 +58,14 @@ def count_parameters(cfg: Config) -> int:
     return sum(x.size for x in jax.tree.leaves(shapes(cfg)))
 
 
-def probes(cfg: Config, units: str | None = None) -> Probes:
+def probes(cfg: Config, units: str | None = None, layers: range | None = None) -> Probes:
     """Templates of all probes of the model: gates of one, taps and outputs of zero.
 
     Args:
       cfg: the model.
       units: axis letters that gates are made for, or None for all that layers may differ in, for which taps exist: `k` and
         `f`, of Mamba `i`.
+      layers: those that have probes, or None for all.
 
     Returns:
       `{"gates": PerLayer of float32[units], "taps": PerLayer of {tensor: float32[unit, ..., channel]}, "output": PerLayer of
@@ -93,5 +95,7 @@ def probes(cfg: Config, units: str | None = None) -> Probes:
         output = dict.fromkeys(taps, square)
         return gates, taps, output, {u: jnp.zeros([size[a] for a in axes.UNITS[u]], jnp.float32) for u in taps}
 
-    gates, taps, output, inputs = zip(*map(layer, cfg.layers), strict=True)
+    mine = range(len(cfg.layers)) if layers is None else layers
+    each = [layer(dims) if i in mine else ({}, {}, {}, {}) for i, dims in enumerate(cfg.layers)]
+    gates, taps, output, inputs = zip(*each, strict=True)
     return dict(gates=gates, taps=taps, output=output, inputs=inputs)

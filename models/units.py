@@ -14,7 +14,8 @@ def sum_over_units(tree: Params, cfg: Config, units: str | None = None) -> PerLa
       tree: shaped like the params of `cfg`.
       cfg: the model.
       units: axis letters, or None for those that layers may differ in. For `d` the matrices, norms and embeddings count: the
-        embedding stands with the first layer, the final norm and the head with the last.
+        embedding stands with the first layer, the final norm and the head with the last. Norms with `norm_offset` do not
+        count: their arrays are not what the stream is multiplied by.
 
     Returns:
       Per layer, axis letter -> tensor name -> float32[unit, ..., channel].
@@ -27,11 +28,14 @@ def sum_over_units(tree: Params, cfg: Config, units: str | None = None) -> PerLa
     ((2, 3, 8), (48,))
     """
     units = cfg.units if units is None else units
+    norms = not getattr(cfg, "norm_offset", False)
     per_layer: list[dict] = []
     for run in cfg.runs:
         arrays, size = tree.get(run.name, {}), cfg.sizes(run.dims)
         for i in range(run.length):
-            counted = {n: x[i] for n, x in arrays.items() if n in cfg.matrices or ("d" in units and n.endswith("norm"))}
+            counted = {
+                n: x[i] for n, x in arrays.items() if n in cfg.matrices or ("d" in units and norms and n.endswith("norm"))
+            }
             per_layer.append(
                 {
                     u: {n: reduce_onto(x, axes.LAYER[n], axes.UNITS[u]) for n, x in counted.items() if u in axes.LAYER[n]}
@@ -41,6 +45,8 @@ def sum_over_units(tree: Params, cfg: Config, units: str | None = None) -> PerLa
             )
     if "d" in units:
         for name, letters in cfg.top_arrays().items():
+            if name == "norm" and not norms:
+                continue
             where = per_layer[0 if name == "embed" else -1]["d"]
             where[f"top/{name}"] = reduce_onto(tree[name], letters, "d")
     return tuple(per_layer)

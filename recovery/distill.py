@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxprune import models
 from jaxprune.models import axes
+from jaxprune.models._kinds import told
 from jaxprune.recovery.divergence import hidden_distance, logit_divergence, relative_square
 from jaxprune.recovery.layer_map import LayerMap, check_rising, checked_map
 from jaxprune.recovery.loss import AdapterLoss, assemble, weighted_mean
@@ -144,7 +145,7 @@ def block_loss(
         states = jax.lax.stop_gradient(models.residuals(params.teacher, batch["tokens"][:, :-1], teacher_cfg))
         total = jnp.zeros(states.shape[1:3], jnp.float32)
         for run in cfg.runs:
-            if arrays := student.get(run.name, {}):
+            if arrays := told(student.get(run.name, {}), run):
                 layers = range(run.start, run.start + run.length)
                 x, y = (states[jnp.array([where[i] + 1 for i in layers])] for where in (before, after))
                 total += jax.lax.scan(layer, None, (arrays, x, y))[1].sum(0)
@@ -158,7 +159,7 @@ def _forward(params: models.Params, tokens: jax.Array, cfg: models.LlamaConfig, 
     if not keep:
         return models.hidden(params, tokens, cfg, remat=remat), None
     states = models.residuals(params, tokens, cfg, remat=remat)
-    return models.rms_norm(states[-1], params["norm"], cfg.norm_eps, width=cfg.norm_width), states
+    return models.stream_norm(states[-1], params["norm"], cfg), states
 
 
 def _check_numbers(

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxprune.models import LlamaConfig, Params, PerLayer, Run, axes, project, reads, sublayer
+from jaxprune.models import LlamaConfig, Params, PerLayer, Run, axes, embedded, project, reads, sublayer
+from jaxprune.models._kinds import layer_of
 from jaxprune.models._mesh import by_sequence, on_host
 from jaxprune.models.axes import OUTPUT
 from jaxprune.recovery.least_squares import admm, least_squares_to
@@ -77,12 +78,12 @@ def reconstruct(
         raise ValueError("batches: none given; reconstruction needs at least one batch of calibration tokens")
     new_cfg = _with_biases(cfg) if target == "bias" else cfg
     out = {run.name: _writable(params, run, new_cfg) for run in cfg.runs}
-    dense = [params["embed"][jnp.asarray(b)] for b in batches]
+    dense = [embedded(params, jnp.asarray(b), cfg) for b in batches]
     pruned = dense  # the same list until the two streams part
-    where = [(run.name, i, run.dims) for run in cfg.runs for i in range(run.length)]
+    where = [(run, i) for run in cfg.runs for i in range(run.length)]
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "reconstructing"):
-        name, i, dims = where[layer]
-        p = {n: x[i] for n, x in params.get(name, {}).items()}
+        run, i = where[layer]
+        name, dims, p = run.name, run.dims, layer_of(params, run, i)
         for axis in "kf":
             n = cfg.sizes(dims)[axis]
             kept = np.asarray(keep[layer].get(axis, range(n)), np.int64)
@@ -150,11 +151,11 @@ class _Part(NamedTuple):
 
 def _part(p: dict, axis: str, kept: np.ndarray, letters: dict[str, str]) -> _Part:
     if not len(kept):
-        return _Part({n: x for n, x in p.items() if axis not in letters[n]}, kept, 0)
+        return _Part({n: x for n, x in p.items() if axis not in letters.get(n, "")}, kept, 0)
     n = p[OUTPUT[axis]].shape[0]
     again = min(-len(kept) % -(-n // SHAPES), n - len(kept))
     index = np.concatenate([kept, np.zeros(again, np.int64)])
-    taken = {n: np.take(on_host(x), index, letters[n].index(axis)) if axis in letters[n] else x for n, x in p.items()}
+    taken = {n: np.take(on_host(x), index, letters[n].index(axis)) if axis in letters.get(n, "") else x for n, x in p.items()}
     return _Part(taken, index, len(kept))
 
 

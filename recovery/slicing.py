@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.models import LlamaConfig, Params, axes, sublayer
+from jaxprune.models import LlamaConfig, Params, axes, embedded, sublayer
+from jaxprune.models._kinds import layer_of
 from jaxprune.models._mesh import on_host
 from jaxprune.recovery._solve import damped
 
@@ -73,27 +74,33 @@ def slice_gpt(
     ((2, 24, 2, 2, 8), (2, 24, 24), 32)
     """
     _check(cfg, batches, width)
-    new_cfg = dataclasses.replace(cfg, d=width, shortcuts=True, norm_width=cfg.norm_width or cfg.d, tie_embeddings=False)
+    new_cfg = sliced_config(cfg, width)
     # The stream stays in the dense model's axes: slicing it there is the projection onto the components that stay.
-    stream = [params["embed"][jnp.asarray(b)] for b in batches]
+    stream = [embedded(params, jnp.asarray(b), cfg) for b in batches]
     q = _components(stream, width, "the embedding")
     new: Params = dict(embed=_matmul(params["embed"], q))
-    where = [(run.name, i, run.dims) for run in cfg.runs for i in range(run.length)]
+    where = [(run, i) for run in cfg.runs for i in range(run.length)]
     sliced: dict[str, dict[str, list]] = {run.name: {} for run in cfg.runs}
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "slicing"):
-        name, i, dims = where[layer]
-        p = {n: params[name][n][i] for n in cfg.layer_arrays(dims)}
-        out: dict[str, jax.Array] = {n: x for n, x in p.items() if "d" not in axes.LAYER[n]}
+        run, i = where[layer]
+        p = layer_of(params, run, i)
+        out: dict[str, jax.Array] = {n: p[n] for n, letters in cfg.layer_arrays(run.dims).items() if "d" not in letters}
         for writes, norm, readers in SUBLAYERS:
             stream = [_after(p, writes, x, q, cfg) for x in stream]
             after = _components(stream, width, f"layer {layer}") if writes in p else q
-            out |= _rotated(p, writes, norm, readers, q, after, params["embed"].dtype)
+            out |= _rotated(p, writes, norm, readers, q, after, params["embed"].dtype, cfg.norm_offset)
             q = after
         for n, x in out.items():
-            sliced[name].setdefault(n, []).append(x)
+            sliced[run.name].setdefault(n, []).append(x)
     head = params["embed"].T if cfg.tie_embeddings else params["head"]
-    new |= dict(norm=jnp.ones(width, params["norm"].dtype), head=_read(params["norm"], head, q))
+    new |= dict(norm=jnp.ones(width, params["norm"].dtype), head=_read(params["norm"], head, q, cfg.norm_offset))
     return new | {name: {n: jnp.stack(x) for n, x in arrays.items()} for name, arrays in sliced.items()}, new_cfg
+
+
+def sliced_config(cfg: LlamaConfig, width: int) -> LlamaConfig:
+    """The configuration that `slice_gpt` leads to; gains are one, so that nothing is added to them any more."""
+    wide = cfg.norm_width or cfg.d
+    return dataclasses.replace(cfg, d=width, shortcuts=True, norm_width=wide, norm_offset=False, tie_embeddings=False)
 
 
 def sliced_width(cfg: LlamaConfig, ratio: float) -> int:
@@ -181,23 +188,26 @@ def _components(stream: list[jax.Array], width: int, where: str) -> jax.Array:
     return jnp.asarray(vectors[:, ::-1][:, :width], total.dtype)
 
 
-@jax.jit
-def _read(gain: jax.Array, w: jax.Array, q: jax.Array) -> jax.Array:
-    """Q^T diag(gain) w, for a matrix that reads the stream, in the dtype of `w`."""
+@functools.partial(jax.jit, static_argnames="offset")
+def _read(gain: jax.Array, w: jax.Array, q: jax.Array, offset: bool) -> jax.Array:
+    """Q^T diag(gain) w, for a matrix that reads the stream, in the dtype of `w`; with `offset`, one is added to the gain."""
+    gain = 1 + _precise(gain) if offset else _precise(gain)
     rows = _precise(w).reshape(len(q), -1)
-    rows = jnp.matmul(q.T, _precise(gain)[:, None] * rows, precision="highest")
+    rows = jnp.matmul(q.T, gain[:, None] * rows, precision="highest")
     return rows.reshape(-1, *w.shape[1:]).astype(w.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("writes", "norm", "readers", "dtype"))
-def _rotated(p: dict, writes: str, norm: str, readers: tuple[str, ...], q: jax.Array, after: jax.Array, dtype: Any) -> dict:
+@functools.partial(jax.jit, static_argnames=("writes", "norm", "readers", "dtype", "offset"))
+def _rotated(
+    p: dict, writes: str, norm: str, readers: tuple[str, ...], q: jax.Array, after: jax.Array, dtype: Any, offset: bool
+) -> dict:
     """The arrays of one sublayer between the components `q` and `after`."""
     shortcut = axes.SHORTCUT_BESIDE[writes]
     turn = _matmul(_precise(p[shortcut]), after) if shortcut in p else after
     out = {shortcut: jnp.matmul(q.T, turn, precision="highest").astype(dtype)}
     if writes in p:
         out |= {norm: jnp.ones(q.shape[1], p[norm].dtype), writes: _matmul(p[writes], after)}
-        out |= {n: _read(p[norm], p[n], q) for n in readers}
+        out |= {n: _read(p[norm], p[n], q, offset) for n in readers}
     if f"{writes}_bias" in p:
         out[f"{writes}_bias"] = _matmul(p[f"{writes}_bias"], after)
     return out

@@ -11,8 +11,8 @@ from jaxprune import cli
 FLAGS = dict(
     run="MODEL --out --ratio --method --calibration --data --text --prompt --json",
     prune="MODEL --out --method --ratio --calibration --samples --length --seed --taylor --aggregate --ranking --units "
-    "--layers --protect-first --protect-last --steps --multiple-of --max-distinct --for --target-params --target-memory "
-    "--dtype --overwrite --mesh --strict-sharding --json",
+    "--layers --protect-first --protect-last --layers-at-once --steps --multiple-of --max-distinct --for --target-params "
+    "--target-memory --dtype --overwrite --mesh --strict-sharding --json",
     sparsify="MODEL --out --method --sparsity --nm --variant --block --skip --damp --calibration --samples --length --seed "
     "--dtype --overwrite --json",
     recover="MODEL --data --out --rank --alpha --steps --batch-size --length --learning-rate --resume --distill --train --mesh "
@@ -26,7 +26,7 @@ FLAGS = dict(
     export="MODEL --to --out --check --type --overwrite --json",
     generate="MODEL --prompt --max-new-tokens --temperature --seed --json",
     verify="DENSE PRUNED --json",
-    size="--model-config --mesh --stage --method --batch --length --dtype --json",
+    size="--model-config --mesh --stage --method --layers-at-once --batch --length --dtype --json",
     inspect="MODEL --json",
     methods="--json",
 )

@@ -28,6 +28,8 @@ class Scoring:
     """How the tensors of a unit are combined."""
     steps: Annotated[int, flag("N")] = 1
     """Score and cut this many times, towards the ratio in equal steps."""
+    layers_at_once: Annotated[int | None, flag("N", "all")] = None
+    """Of kfac-obs: keep the statistics of so many layers, then read the text again for others; the scores are the same."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +110,7 @@ class Prune:
             layers=layer_range(self.shape.layers),
             protect_first=self.shape.protect_first,
             protect_last=self.shape.protect_last,
+            layers_at_once=self.scoring.layers_at_once,
             steps=self.scoring.steps,
             **self.devices.multiples(units, self.shape.multiple_of, self.shape.kv_multiple_of),
             max_distinct=self.shape.max_distinct,

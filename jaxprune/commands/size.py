@@ -45,6 +45,8 @@ class Size:
     recover: one LoRA update."""
     method: Annotated[str, flag("NAME")] = "taylor"
     """Whose scores are meant."""
+    layers_at_once: Annotated[int | None, flag("N", "all")] = None
+    """As in prune, of kfac-obs: the statistics of the first so many layers."""
     batch: Annotated[int, flag("N")] = 8
     """Sequences in a step, in all."""
     length: Annotated[int, flag("T")] = 1024
@@ -66,7 +68,14 @@ def run(args: Size) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     with stage("compiling", seconds):
         found = sizing.size(
-            cfg, mesh, args.stage, batch=args.batch, length=args.length, dtype=jnp.dtype(args.dtype), method=args.method
+            cfg,
+            mesh,
+            args.stage,
+            batch=args.batch,
+            length=args.length,
+            dtype=jnp.dtype(args.dtype),
+            method=args.method,
+            layers_at_once=args.layers_at_once,
         )
     parts = dict(weights=found.weights, temporaries=found.temporaries, output=found.output)
     parts["other arguments"] = found.arguments + found.beside - found.weights

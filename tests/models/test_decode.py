@@ -23,6 +23,8 @@ CONFIGS = dict(
     qk_norm=BASE | dict(qk_norm=True),
     partial=BASE | dict(partial_rotary=0.5),
     post_norms=BASE | dict(post_norms=True),
+    kinds=BASE | dict(sliding_window=3, windowed=(True, False, True), local_rope_theta=50.0, score_cap=1.0, logit_cap=2.0),
+    gemma=BASE | dict(norm_offset=True, embed_scale=6.0, activation="gelu_pytorch_tanh"),
 )
 
 

@@ -16,6 +16,8 @@ KINDS = dict(
     plain=dict(),
     tied=dict(tie_embeddings=True),
     qk_norm=dict(qk_norm=True, partial_rotary=0.5),
+    kinds=dict(sliding_window=3, windowed=(True, False, True), local_rope_theta=50.0, score_cap=1.0, logit_cap=2.0),
+    gemma=dict(norm_offset=True, embed_scale=6.0, activation="gelu_pytorch_tanh", tie_embeddings=True),
     biases=dict(biases=("q", "k", "v", "o", "gate", "up", "down")),
     gone=dict(layers=(LayerDims(2, 2, 0), LayerDims(0, 0, 0), LayerDims(0, 0, 48)), biases=("o",)),
 )
