@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune import _beside
 from jaxprune._losses import Progress
-from jaxprune._sparse_blocks import blocks_of
+from jaxprune._sparse_blocks import advance, begin, blocks_of
 from jaxprune._sparsity import METHODS, Matrix, Sparsity, achieved, chosen, read_block, write_block
 from jaxprune.models import Config, Params
 from jaxprune.models._mesh import by_sequence
@@ -65,7 +65,7 @@ def sparsify(
         raise ValueError("batches: none given; sparsity needs at least one batch of calibration tokens")
     names = chosen(cfg, asked)
     kind = blocks_of(cfg)
-    stream = [np.asarray(kind.begin(params, jnp.asarray(b), cfg)) for b in batches]
+    stream = begin(params, batches, cfg)
     where = [(run.name, i) for run in cfg.runs for i in range(run.length)]
     out = {run.name: {n: np.array(x) for n, x in params.get(run.name, {}).items() if n in cfg.matrices} for run in cfg.runs}
     found: dict[str, Matrix] = {}
@@ -76,7 +76,7 @@ def sparsify(
         if file is not None and file.is_file():
             new, seen = read_block(file)
             for group in kind.groups:
-                _advance(stream, p | new, group[0], cfg)
+                advance(stream, p | new, group[0], cfg)
         else:
             new, seen = _block(p, names[layer], stream, cfg, asked)
             if file is not None:
@@ -109,7 +109,7 @@ def _block(
             made = new[n].astype(np.float32).reshape(len(gram), -1).T
             error = sparse.relative_loss(w, made, gram)
             seen[n] = Matrix(float((made == 0).mean()), sparse.violations(made, asked.pattern), error, notes)
-        _advance(stream, p | new, group[0], cfg)
+        advance(stream, p | new, group[0], cfg)
     return new, seen
 
 
@@ -130,15 +130,3 @@ def _gram(p, name, x, cfg):
     """Sum of z z^T over tokens of what the matrix `name` reads when `x` comes to its sublayer, float32[in, in]."""
     rows = blocks_of(cfg).reads(p, name, by_sequence(x), cfg).reshape(x.shape[0] * x.shape[1], -1).astype(jnp.float32)
     return jnp.matmul(rows.T, rows, precision="highest")
-
-
-def _advance(stream: list[np.ndarray], p: dict, name: str, cfg: Config) -> None:
-    """Takes the residual stream of all batches through the sublayer that ends with a group, if one does."""
-    if name in blocks_of(cfg).after:
-        for at, x in enumerate(stream):
-            stream[at] = np.asarray(_after(p, name, x, cfg))
-
-
-@functools.partial(jax.jit, static_argnames=("name", "cfg"))
-def _after(p, name, x, cfg):
-    return blocks_of(cfg).after[name](p, by_sequence(x), cfg)

@@ -1,6 +1,5 @@
 """Patterns of zeros: a fraction of the weights, or N that stay of each M inputs in a row."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -68,8 +67,8 @@ def keep_largest(scores: Float[Array, "out in"], pattern: Pattern, per_row: bool
     return _above(scores.reshape(-1), pattern.zeros(scores.size)).reshape(rows, columns)
 
 
-@functools.partial(jax.jit, static_argnames="count")
-def _above(scores: jax.Array, count: int) -> jax.Array:
+@jax.jit
+def _above(scores: jax.Array, count: Any) -> jax.Array:
     return ranks(scores) >= count
 
 

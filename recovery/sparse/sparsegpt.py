@@ -69,7 +69,8 @@ def sparsegpt(
     widths = [min(size, columns - start) for start in range(0, columns, size)]
     counts = np.asarray([pattern.zeros((1 if per_row else rows) * width) for width in widths])
     given = None if keep is None else np.asarray(keep, bool)
-    new, kept = _swept(np.asarray(w), system.factor, system.scale, counts, given, size, pattern, joint, per_row)
+    groups = pattern._replace(fraction=0.0)  # the counts say it; one program for all fractions
+    new, kept = _swept(np.asarray(w), system.factor, system.scale, counts, given, size, groups, joint, per_row)
     return Sparse(new, kept, system.notes)
 
 
