@@ -12,7 +12,7 @@ from jaxprune._losses import Progress
 from jaxprune._sparse_blocks import advance, begin, blocks_of
 from jaxprune.models import Config, Params, hidden, token_kl
 from jaxprune.models._mesh import by_sequence
-from jaxprune.recovery.sparse.pattern import Pattern, ranks
+from jaxprune.recovery.sparse.pattern import Pattern, keep_largest
 
 Names = Sequence[Sequence[str]]  # of the matrices of each layer
 Norms = Sequence[Mapping[str, np.ndarray]]  # per layer, matrix -> float32[in]
@@ -81,12 +81,11 @@ def divergences(
     dense, out = _stream(params, tokens, cfg), np.zeros((len(places), len(fractions)))
     for layer in range(len(places)) if progress is None else progress(range(len(places)), "measuring layers"):
         run, i = places[layer]
-        order = {n: ranks(_scores(params[run][n][i], norms[layer][n])) for n in names[layer]}
-        for j, fraction in enumerate(fractions if order else ()):
+        for j, fraction in enumerate(fractions if names[layer] else ()):
             arrays = dict(params[run])
-            for n, ranked in order.items():
-                keep = (ranked >= Pattern(fraction).zeros(ranked.shape[1])).T.reshape(arrays[n].shape[1:])
-                arrays[n] = arrays[n].at[i].multiply(keep)
+            for n in names[layer]:
+                keep = keep_largest(_scores(arrays[n][i], norms[layer][n]), Pattern(fraction), per_row=True)
+                arrays[n] = arrays[n].at[i].multiply(keep.T.reshape(arrays[n].shape[1:]))
             out[layer, j] = _divergence(params, dense, params | {run: arrays}, tokens, cfg)
     if not np.isfinite(out).all():
         raise ValueError("sparsify: divergences of layers contain NaN or infinity; check the weights and the calibration data")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.recovery.sparse.pattern import Pattern, ranks
+from jaxprune.recovery.sparse.pattern import Pattern, above
 from jaxprune.recovery.sparse.system import System
 
 
@@ -102,7 +102,7 @@ def _sweep(wt, u, counts, given, columns, size, pattern: Pattern, joint, per_row
             keep = jnp.ones(w1.shape, bool)  # chosen when the sweep arrives at the group
         else:
             scores = jnp.where((start + jnp.arange(size) < columns)[:, None], (w1 / jnp.diagonal(u1)[:, None]) ** 2, jnp.inf)
-            keep = ranks(scores.T).T >= count if per_row else ranks(scores.reshape(-1)).reshape(w1.shape) >= count
+            keep = above(scores.T, count).T if per_row else above(scores.reshape(-1), count).reshape(w1.shape)
 
         def choose(j, w1, keep):
             group = jax.lax.dynamic_slice_in_dim(w1, j, pattern.m)
@@ -147,7 +147,7 @@ def best_groups(w: jax.Array, inverse: jax.Array, pattern: Pattern, joint: bool)
     2024, equations 12 and 14.
     """
     if not joint:
-        return ranks(w * w / jnp.diagonal(inverse, axis1=1, axis2=2)) >= pattern.m - pattern.n
+        return above(w * w / jnp.diagonal(inverse, axis1=1, axis2=2), pattern.m - pattern.n)
     gone = jnp.asarray(list(itertools.combinations(range(pattern.m), pattern.m - pattern.n)))  # patterns, M - N
 
     def better(best, index):
