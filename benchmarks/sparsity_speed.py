@@ -5,6 +5,7 @@ python benchmarks/sparsity_speed.py [--shapes 576x576 1536x576 576x1536] [--widt
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -102,11 +103,14 @@ def measure(name: str, w: Any, gram: Any, text: str, repeats: int) -> list[dict[
 
     made: dict[str, Any] = {}
     spent: dict[str, list[_common.Spent]] = {}
+
+    def kept(program: str, run: Callable[[], Any]) -> Any:
+        made[program] = run()
+        return made[program]  # which may still be computed
+
     for _ in range(repeats + 1):
         for program, run in programs(w, gram, text).items():
-            spent.setdefault(program, []).append(
-                _common.spent(lambda program=program, run=run: made.setdefault(program, run()))
-            )
+            spent.setdefault(program, []).append(_common.spent(functools.partial(kept, program, run)))
     zeros = {program: np.asarray(x) == 0 for program, x in made.items()}
     torch, rows = _common.median(spent["torch SparseGPT"][1:]), []
     for program, rounds in spent.items():
