@@ -71,7 +71,7 @@ def lagrangian(power: float = 1.0, attention: float = 1.0):
     return allocate
 
 
-def choose(items: list[Item], budget: float) -> None:
+def choose(items: list[Item], budget: int | float) -> None:
     """Chooses in all items so that the parameters that go are the budget, or near it, and the losses are least in sum."""
     low, high = 0.0, max(item.losses.max() for item in items)
     for _ in range(100):

@@ -85,8 +85,9 @@ def _made(found: tuple[np.ndarray, ...], notes: list[str]) -> System:
 def _factored(h: np.ndarray, dead: np.ndarray) -> tuple[np.ndarray, ...] | None:
     """The fields of a `System`, or None where h has no Cholesky factor or it is useless.
 
-    With rows and columns in reverse h is L L^T, so U is the inverse of L in reverse: n^3 operations for U and the inverse, a
-    quarter of factoring, solving for the unit matrix and factoring again.
+    With rows and columns in reverse h is R^T R, so U is the inverse of R^T in reverse: n^3 operations for U and the inverse, a
+    quarter of factoring, solving for the unit matrix and factoring again. What LAPACK leaves by columns is read by rows, which
+    transposes it without a copy.
     """
     diagonal = np.diag(h).copy()
     if not (diagonal > 0).all():
@@ -95,19 +96,27 @@ def _factored(h: np.ndarray, dead: np.ndarray) -> tuple[np.ndarray, ...] | None:
     scaled = h / np.outer(scale, scale)
     if dead.any() and not dead.all():
         scale[dead] = DEAD * scale[~dead].mean()
-    lower, failed = lapack.dpotrf(np.asfortranarray(scaled[::-1, ::-1]), lower=True, overwrite_a=True)
+    upper, failed = lapack.dpotrf(np.ascontiguousarray(scaled[::-1, ::-1]).T, overwrite_a=True)
     if failed:
         return None
-    backward, failed = lapack.dtrtri(lower, lower=True, overwrite_c=True)
+    backward, failed = lapack.dtrtri(upper, overwrite_c=True)
     if failed:
         return None
-    factor = np.ascontiguousarray(backward[::-1, ::-1])
-    product, _ = lapack.dlauum(backward, lower=True, overwrite_c=True)  # its lower half
-    inverse = np.tril(product) + np.tril(product, -1).T
-    inverse = np.ascontiguousarray(inverse[::-1, ::-1])
+    factor = np.ascontiguousarray(backward.T[::-1, ::-1])
+    product, _ = lapack.dlauum(backward, overwrite_c=True)
+    inverse = _mirrored(np.ascontiguousarray(product.T[::-1, ::-1]))
     probe = np.random.default_rng(0).choice([-1.0, 1.0], (len(h), 4))
     error = np.abs(scaled @ (inverse @ probe) - probe).max()
     return (scaled, inverse, factor, scale) if error < 1e-3 else None
+
+
+def _mirrored(x: np.ndarray, strip: int = 256) -> np.ndarray:
+    """The symmetric matrix with the upper half of x, which is overwritten; in strips that caches hold."""
+    for i in range(0, len(x), strip):
+        x[i + strip :, i : i + strip] = x[i : i + strip, i + strip :].T
+        block = x[i : i + strip, i : i + strip]
+        block[:] = np.triu(block) + np.triu(block, 1).T
+    return x
 
 
 def relative_loss(w: Any, new: Any, gram: Any) -> float:
