@@ -1,15 +1,16 @@
 """SparseGPT and APT on one matrix: ours against SparseGPT in plain torch, from second moments and weights to sparse weights.
 
-python benchmarks/sparsity_speed.py [--shapes 576x576 1536x576 576x1536] [--widths 1024 2048 4096 11008] [--repeats 3]
-    [--json FILE]
+    python benchmarks/sparsity_speed.py [--model smollm2] [--matrices q gate down] [--widths 1024 2048 4096 11008]
+        [--patterns 0.5 2:4] [--repeats 3] [--json FILE]
 
 Second moments are factored in each program. SparseGPT is ours and torch's with the same damping; torch's comparison removes one
-weight more in each block. `first` has the compilation in it. `error` is that of the output, relative; `mask as torch` the share of
-weights that are zero in both or in neither.
+weight more in each block. `first` has the compilation in it. `error` is that of the output, relative; `mask as torch` the share
+of weights that are zero in both or in neither.
 
-2026-11-23, 2 cores, `OPENBLAS_NUM_THREADS=1 taskset -c 1 python benchmarks/sparsity_speed.py --widths 1024 2048 4096 --repeats 2`, on
-one core beside other programs (load 8.1 to 8.4), so compare `processor`; what 0.5 says, the other rows are in docs/sparsity.md:
+2026-11-23, `OPENBLAS_NUM_THREADS=1 taskset -c 1 python benchmarks/sparsity_speed.py --widths 1024 2048 4096 --repeats 2`: one
+core, beside other programs (load 8.1 to 8.4 on 2 cores), so compare `processor`. The rows of 2:4 are in docs/sparsity.md:
 
+    matrix             pattern  program          first, s  s       / torch  processor, s  its / torch  error    mask as torch
     -----------------  -------  ---------------  --------  ------  -------  ------------  -----------  -------  -------------
     q 576 x 576        0.5      torch SparseGPT  0.149     0.169   1.000    0.060         1.000        0.00436  1.00000
     q 576 x 576        0.5      SparseGPT        3.584     0.036   0.216    0.025         0.417        0.00436  0.99993

@@ -1,27 +1,23 @@
 """`jaxprune sparsify`: zeros in a model, in one shot, without training."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
-import numpy as np
 
 from jaxprune import data, folder, layer_sparsity, pipeline, sparsify
 from jaxprune._files import atomic_folder
 from jaxprune._json import plain, write_json
 from jaxprune._progress import progress
 from jaxprune.commands import _devices
-from jaxprune.commands._calibration import Calibration, described, draw, up_to_a_row
-from jaxprune.commands._common import ModelName, Output, flag, peak_memory, say, stage
+from jaxprune.commands._calibration import Calibration, draw, up_to_a_row
+from jaxprune.commands._common import ModelName, Output, flag, say, stage
 from jaxprune.commands._compute import Compute
+from jaxprune.commands._sparse_result import by_matrix, record, summary
 from jaxprune.commands._stages import kept, opened
-from jaxprune.models import unit_counts
 from jaxprune.models._safetensors import read_json
-from jaxprune.models.axes import MAMBA_MATRICES, MATRICES
-from jaxprune.plan import Plan
 from jaxprune.recovery import sparse
 
 SIZES = {True: (128, 2048), False: (64, 512)}  # samples and length, with an accelerator and without
@@ -148,30 +144,13 @@ def run(args: Sparsify) -> dict[str, Any]:
             for name, matrix in found.items():
                 for note in matrix.notes:
                     say(f"note: {name}: {note}")
-            result = _summary(model, found, seconds)
+            result = summary(model, found, seconds)
             with stage("saving", seconds):
-                record = _record(args, asked, model, calibration, found, result, names)
-                folder.save(out, model._replace(params=params, record=record))
+                made = record(args, asked, model, calibration, found, result, names)
+                folder.save(out, model._replace(params=params, record=made))
     shutil.rmtree(args.checkpoints, ignore_errors=True)
     rows = by_matrix({name: (m.zeros, m.violations) for name, m in found.items()}, {n: m.error for n, m in found.items()})
     return result | {"folder": str(args.out), "by matrix": rows, "matrices": {n: m._asdict() for n, m in found.items()}}
-
-
-def by_matrix(found: dict[str, tuple[float, int]], errors: dict[str, float] | None = None) -> list[dict[str, Any]]:
-    """Zeros and violations over all layers, a row for each kind of matrix."""
-    rows: list[dict[str, Any]] = []
-    for matrix in (*MATRICES, *MAMBA_MATRICES):
-        if names := [name for name in found if name.split(".")[-1] == matrix]:
-            zeros = [found[name][0] for name in names]
-            row = {"matrix": matrix, "layers": len(names), "least zeros": min(zeros), "most zeros": max(zeros)}
-            row["N:M violations"] = sum(found[name][1] for name in names)
-            if errors:
-                row |= {
-                    "mean error": float(np.mean([errors[n] for n in names])),
-                    "largest error": max(errors[n] for n in names),
-                }
-            rows.append(row)
-    return rows
 
 
 def _layers(
@@ -198,46 +177,3 @@ def _calibration(args: Sparsify, model: folder.Model) -> data.Calibration:
     if not accelerated and (args.samples is None or args.length is None):
         say(f"note: no accelerator, so the default is {samples} x {length} tokens; with one it is 128 x 2048, as published")
     return found
-
-
-def _summary(model: folder.Model, found: dict[str, sparsify.Matrix], seconds: dict[str, float]) -> dict[str, Any]:
-    weights = [sparsify.size(model.cfg, int(layer), n) for _, layer, n in (name.split(".") for name in found)]
-    return {
-        "matrices made sparse": len(found),
-        "zeros, of all of them": float(np.average([m.zeros for m in found.values()], weights=weights)),
-        "zeros, least of a matrix": min(m.zeros for m in found.values()),
-        "N:M violations": sum(m.violations for m in found.values()),
-        "relative error of the outputs, summed": sum(m.error for m in found.values()),
-        "peak memory, MiB": round(peak_memory() / 2**20),
-        "seconds": seconds,
-    }
-
-
-def _record(
-    args: Sparsify,
-    asked: sparsify.Sparsity,
-    model: folder.Model,
-    calibration: data.Calibration,
-    found: dict[str, sparsify.Matrix],
-    result: dict[str, Any],
-    names: tuple[tuple[str, ...], ...],
-) -> dict[str, Any]:
-    arrays = [n for n in model.cfg.matrices if any(n in layer for layer in names)]
-    settings = dataclasses.asdict(asked) | dict(pattern=asked.pattern._asdict())
-    return dict(
-        plan=json.loads(Plan(tuple({} for _ in model.cfg.layers), unit_counts(model.cfg)).to_json()),
-        method=dict(name=asked.method) | settings,
-        source=args.model,
-        calibration=described(calibration),
-        seed=args.seed,
-        versions=folder.versions(),
-        metrics=result,
-        updates=[dict(by=asked.method, arrays=arrays, settings=settings)],
-        before=model.record,
-        sparsity=dict(
-            layerwise=args.layerwise,
-            pattern=asked.pattern._asdict(),
-            layers=asked.layers,
-            zeros={name: m.zeros for name, m in found.items()},
-        ),
-    )
