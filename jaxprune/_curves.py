@@ -10,8 +10,8 @@ from jaxprune.plan import Widths
 
 
 @dataclasses.dataclass
-class _Item:
-    """A sublayer: what it may lose, in ascending order, what that costs, and which of these is chosen."""
+class Item:
+    """A sublayer or a layer: what it may lose, in ascending order, what that costs, and which of these is chosen."""
 
     layer: int
     axis: str
@@ -62,12 +62,8 @@ def lagrangian(power: float = 1.0, attention: float = 1.0):
                     step, most = constraints.step(a), n - constraints.fewest(a, n, i)
                     counts = np.concatenate([[0], np.arange(most % step or step, most + 1, step)]) if most else np.zeros(1, int)
                     losses = curve[counts] * (attention if a == "k" else 1.0)
-                    items.append(_Item(i, a, counts, losses, counts * float(costs[i][a])))
-        low, high = 0.0, max(item.losses.max() for item in items)
-        for _ in range(100):
-            middle = (low + high) / 2
-            low, high = (middle, high) if _choose(items, middle) < budget else (low, middle)
-        _fill(items, budget - _choose(items, low))
+                    items.append(Item(i, a, counts, losses, counts * float(costs[i][a])))
+        choose(items, budget)
         for item in items:
             widths[item.layer][item.axis] -= int(item.counts[item.chosen])
         return tuple(widths)
@@ -75,14 +71,23 @@ def lagrangian(power: float = 1.0, attention: float = 1.0):
     return allocate
 
 
-def _choose(items: list[_Item], price: float) -> float:
+def choose(items: list[Item], budget: int | float) -> None:
+    """Chooses in all items so that the parameters that go are the budget, or near it, and the losses are least in sum."""
+    low, high = 0.0, max(item.losses.max() for item in items)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _at(items, middle) < budget else (low, middle)
+    _fill(items, budget - _at(items, low))
+
+
+def _at(items: list[Item], price: float) -> float:
     """Takes what is best at a price of one parameter; returns the parameters that go."""
     for item in items:
         item.chosen = int(np.argmin(item.losses - price * item.parameters))
     return sum(item.parameters[item.chosen] for item in items)
 
 
-def _fill(items: list[_Item], left: float) -> None:
+def _fill(items: list[Item], left: float) -> None:
     """Removes more: the cheapest that fits, again and again; in the end one step too many, if that is nearer to the budget."""
     while left > 0:
         steps = [(item, j, item.parameters[j] - item.parameters[item.chosen]) for item in items for j in _ahead(item)]
@@ -97,9 +102,9 @@ def _fill(items: list[_Item], left: float) -> None:
         item.chosen, left = j, left - more
 
 
-def _ahead(item: _Item) -> range:
+def _ahead(item: Item) -> range:
     return range(item.chosen + 1, len(item.counts))
 
 
-def _price(item: _Item, j: int, more: float) -> float:
+def _price(item: Item, j: int, more: float) -> float:
     return (item.losses[j] - item.losses[item.chosen]) / more

@@ -1,11 +1,15 @@
 """What a block is to `jaxprune sparsify`: which matrices read the same, what each reads, what the block passes on."""
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.models import Config, MambaConfig, Params, embedded, mamba, reads, stream_norm, sublayer
+from jaxprune.models._mesh import by_sequence
 
 
 class Blocks(NamedTuple):
@@ -54,3 +58,20 @@ def blocks_of(cfg: Config) -> Blocks:
     ['in_proj', 'x_proj', 'dt_proj', 'out_proj']
     """
     return MAMBA if isinstance(cfg, MambaConfig) else LLAMA
+
+
+def begin(params: Params, batches: Sequence[Any], cfg: Config) -> list[np.ndarray]:
+    """The residual stream of all batches before the first block, on the host."""
+    return [np.asarray(blocks_of(cfg).begin(params, jnp.asarray(b), cfg)) for b in batches]
+
+
+def advance(stream: list[np.ndarray], p: dict, name: str, cfg: Config) -> None:
+    """Takes the residual stream of all batches through the sublayer that ends with a group, if one does."""
+    if name in blocks_of(cfg).after:
+        for at, x in enumerate(stream):
+            stream[at] = np.asarray(_after(p, name, x, cfg))
+
+
+@functools.partial(jax.jit, static_argnames=("name", "cfg"))
+def _after(p, name, x, cfg):
+    return blocks_of(cfg).after[name](p, by_sequence(x), cfg)

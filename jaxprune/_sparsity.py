@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ class Sparsity:
     Attributes:
       method: `magnitude`, `wanda`, `sparsegpt` or `apt`.
       pattern: fraction of zeros in each matrix, or N:M.
+      layers: fractions of zeros of each layer instead, whose mean over all weights is that of `pattern`; see `layer_sparsity`.
       variant: of `apt`, see `jaxprune.recovery.sparse.apt`; None is SM, and MM for N:M.
       block: of `apt`, columns between two fits, or None for one fit.
       damp: added to the diagonal of the second moments, in means of it.
@@ -32,6 +34,7 @@ class Sparsity:
 
     method: str = "apt"
     pattern: sparse.Pattern = sparse.Pattern(0.5)
+    layers: tuple[float, ...] | None = None
     variant: str | None = None
     block: int | None = None
     damp: float = 1e-2
@@ -42,6 +45,10 @@ class Sparsity:
             raise ValueError(f"method: {self.method!r} given; allowed are {', '.join(METHODS)}")
         if not 0 < self.pattern.fraction < 1:
             raise ValueError(f"sparsity: {self.pattern.fraction} given; give a fraction between 0 and 1, such as 0.5")
+        if self.layers is not None and self.pattern.m:
+            raise ValueError("layers: fractions given with N:M, which is the same in every layer; give one of them")
+        if wrong := [x for x in self.layers or () if not 0 <= x <= 1]:
+            raise ValueError(f"layers: {wrong[0]} given; give a fraction from 0 to 1 for each layer")
         if self.variant is not None and (self.method != "apt" or self.variant not in sparse.VARIANTS):
             raise ValueError(f"variant: {self.variant} given; it is for --method apt, one of {', '.join(sparse.VARIANTS)}")
         if self.variant in ("MS", "MM") and not self.pattern.m:
@@ -68,11 +75,24 @@ class Matrix(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+def size(cfg: Config, layer: int, name: str) -> int:
+    """Weights of a matrix.
+
+    >>> from jaxprune import models, _sparsity
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),))
+    >>> _sparsity.size(cfg, 0, "k")
+    512
+    """
+    of = cfg.sizes(cfg.layers[layer])
+    return math.prod(of[a] for a in cfg.layer_arrays(cfg.layers[layer])[name])
+
+
 def chosen(cfg: Config, asked: Sparsity) -> tuple[tuple[str, ...], ...]:
     """Names of the matrices that become sparse, layer by layer.
 
     Raises:
-      ValueError: `skip` names what the model does not have or leaves nothing, or N:M does not fit a matrix.
+      ValueError: `skip` names what the model does not have or leaves nothing, N:M does not fit a matrix, or `layers` is not a
+        fraction for each layer.
 
     >>> from jaxprune import models, sparsify
     >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),) * 2)
@@ -80,6 +100,8 @@ def chosen(cfg: Config, asked: Sparsity) -> tuple[tuple[str, ...], ...]:
     ((), ('k', 'v', 'o', 'gate', 'up'))
     """
     has = [[n for n in cfg.matrices if n in cfg.layer_arrays(dims)] for dims in cfg.layers]
+    if asked.layers is not None and len(asked.layers) != len(has):
+        raise ValueError(f"layers: {len(asked.layers)} fractions given; the model has {len(has)} layers")
     layers = [f"layers.{i}" for i in range(len(has))]
     known = {*cfg.matrices, *layers} | {f"{layer}.{n}" for layer, names in zip(layers, has, strict=True) for n in names}
     if unknown := [name for name in asked.skip if name not in known]:

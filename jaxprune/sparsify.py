@@ -11,14 +11,14 @@ import numpy as np
 
 from jaxprune import _beside
 from jaxprune._losses import Progress
-from jaxprune._sparse_blocks import blocks_of
-from jaxprune._sparsity import METHODS, Matrix, Sparsity, achieved, chosen, read_block, write_block
+from jaxprune._sparse_blocks import advance, begin, blocks_of
+from jaxprune._sparsity import METHODS, Matrix, Sparsity, achieved, chosen, read_block, size, write_block
 from jaxprune.models import Config, Params
 from jaxprune.models._kinds import layer_of
 from jaxprune.models._mesh import by_sequence
 from jaxprune.recovery import sparse
 
-__all__ = ["METHODS", "Matrix", "Sparsity", "achieved", "chosen", "sparsify"]
+__all__ = ["METHODS", "Matrix", "Sparsity", "achieved", "chosen", "size", "sparsify"]
 
 
 def sparsify(
@@ -65,8 +65,9 @@ def sparsify(
     if not batches:
         raise ValueError("batches: none given; sparsity needs at least one batch of calibration tokens")
     names = chosen(cfg, asked)
+    owed = 0.0  # zeros that rounding left undone, where layers have fractions of their own
     kind = blocks_of(cfg)
-    stream = [np.asarray(kind.begin(params, jnp.asarray(b), cfg)) for b in batches]
+    stream = begin(params, batches, cfg)
     where = [(run, i) for run in cfg.runs for i in range(run.length)]
     out = {run.name: {n: np.array(x) for n, x in params.get(run.name, {}).items() if n in cfg.matrices} for run in cfg.runs}
     found: dict[str, Matrix] = {}
@@ -77,11 +78,12 @@ def sparsify(
         if file is not None and file.is_file():
             new, seen = read_block(file)
             for group in kind.groups:
-                _advance(stream, p | new, group[0], cfg)
+                advance(stream, p | new, group[0], cfg)
         else:
-            new, seen = _block(p, names[layer], stream, cfg, asked)
+            new, seen = _block(p, names[layer], stream, cfg, asked, layer, owed)
             if file is not None:
                 write_block(file, new, seen)
+        owed += _owed(asked, layer, seen, new)
         for n, x in new.items():
             out[name][n][i] = x
             found[f"layers.{layer}.{n}"] = seen[n]
@@ -92,10 +94,25 @@ def sparsify(
     return params | changed, found
 
 
+def _owed(asked: Sparsity, layer: int, seen: dict[str, Matrix], new: dict[str, np.ndarray]) -> float:
+    """Zeros that rounding left undone in matrices of a layer with a fraction of its own."""
+    return 0.0 if asked.layers is None else sum(((asked.layers[layer] - seen[n].zeros) * new[n].size for n in seen), 0.0)
+
+
+def _pattern(asked: Sparsity, layer: int, owed: float, weights: int) -> sparse.Pattern:
+    """The pattern of a matrix; with fractions by layers it makes up for what the matrices before it owe."""
+    if asked.layers is None:
+        return asked.pattern
+    return asked.pattern._replace(fraction=min(max(asked.layers[layer] + owed / weights, 0.0), 1.0))
+
+
 def _block(
-    p: dict, names: Sequence[str], stream: list[np.ndarray], cfg: Config, asked: Sparsity
+    p: dict, names: Sequence[str], stream: list[np.ndarray], cfg: Config, asked: Sparsity, layer: int, owed: float
 ) -> tuple[dict[str, np.ndarray], dict[str, Matrix]]:
-    """The sparse matrices of a block, each group from what those before it pass on; takes the stream through, in place."""
+    """The sparse matrices of a block, each group from what those before it pass on; takes the stream through, in place.
+
+    `owed` are zeros that matrices of the layers before left undone.
+    """
     new: dict[str, np.ndarray] = {}
     seen: dict[str, Matrix] = {}
     for group in blocks_of(cfg).groups:
@@ -104,18 +121,20 @@ def _block(
             system = sparse.system(gram, asked.damp) if asked.method in ("sparsegpt", "apt") else None
         for n in here:
             old = np.asarray(p[n])
+            pattern = _pattern(asked, layer, owed + _owed(asked, layer, seen, new), old.size)
             w = old.astype(np.float32).reshape(len(gram), -1).T  # out, in
-            fitted, notes = _one(w, gram, system, asked)
+            fitted, notes = _one(w, gram, system, asked, pattern)
             new[n] = np.asarray(fitted).T.astype(old.dtype).reshape(old.shape)
             made = new[n].astype(np.float32).reshape(len(gram), -1).T
             error = sparse.relative_loss(w, made, gram)
-            seen[n] = Matrix(float((made == 0).mean()), sparse.violations(made, asked.pattern), error, notes)
-        _advance(stream, p | new, group[0], cfg)
+            seen[n] = Matrix(float((made == 0).mean()), sparse.violations(made, pattern), error, notes)
+        advance(stream, p | new, group[0], cfg)
     return new, seen
 
 
-def _one(w: np.ndarray, gram: np.ndarray, system: sparse.System | None, asked: Sparsity) -> tuple[Any, tuple[str, ...]]:
-    pattern = asked.pattern
+def _one(
+    w: np.ndarray, gram: np.ndarray, system: sparse.System | None, asked: Sparsity, pattern: sparse.Pattern
+) -> tuple[Any, tuple[str, ...]]:
     if system is None:
         keep = sparse.keep_largest(jnp.abs(w), pattern) if asked.method == "magnitude" else sparse.wanda(w, gram, pattern)
         return np.where(keep, w, 0), ()
@@ -131,15 +150,3 @@ def _gram(p, name, x, cfg):
     """Sum of z z^T over tokens of what the matrix `name` reads when `x` comes to its sublayer, float32[in, in]."""
     rows = blocks_of(cfg).reads(p, name, by_sequence(x), cfg).reshape(x.shape[0] * x.shape[1], -1).astype(jnp.float32)
     return jnp.matmul(rows.T, rows, precision="highest")
-
-
-def _advance(stream: list[np.ndarray], p: dict, name: str, cfg: Config) -> None:
-    """Takes the residual stream of all batches through the sublayer that ends with a group, if one does."""
-    if name in blocks_of(cfg).after:
-        for at, x in enumerate(stream):
-            stream[at] = np.asarray(_after(p, name, x, cfg))
-
-
-@functools.partial(jax.jit, static_argnames=("name", "cfg"))
-def _after(p, name, x, cfg):
-    return blocks_of(cfg).after[name](p, by_sequence(x), cfg)

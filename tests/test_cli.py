@@ -13,8 +13,8 @@ FLAGS = dict(
     prune="MODEL --out --method --ratio --calibration --samples --length --seed --taylor --aggregate --ranking --units "
     "--layers --protect-first --protect-last --layers-at-once --steps --multiple-of --max-distinct --for --target-params "
     "--target-memory --dtype --overwrite --mesh --strict-sharding --json",
-    sparsify="MODEL --out --method --sparsity --nm --variant --block --skip --damp --calibration --samples --length --seed "
-    "--dtype --overwrite --json",
+    sparsify="MODEL --out --method --sparsity --layerwise --spread --nm --variant --block --skip --damp --calibration "
+    "--samples --length --seed --dtype --overwrite --json",
     recover="MODEL --data --out --rank --alpha --steps --batch-size --length --learning-rate --resume --distill --train --mesh "
     "--strict-sharding --json",
     evaluate="MODEL --text --window --max-tokens --choice --limit --tasks --mesh --strict-sharding --json",

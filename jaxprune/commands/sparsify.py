@@ -1,26 +1,23 @@
 """`jaxprune sparsify`: zeros in a model, in one shot, without training."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jax
-import numpy as np
 
-from jaxprune import data, folder, pipeline, sparsify
+from jaxprune import data, folder, layer_sparsity, pipeline, sparsify
 from jaxprune._files import atomic_folder
-from jaxprune._json import plain
+from jaxprune._json import plain, write_json
 from jaxprune._progress import progress
 from jaxprune.commands import _devices
-from jaxprune.commands._calibration import Calibration, described, draw, up_to_a_row
-from jaxprune.commands._common import ModelName, Output, flag, peak_memory, say, stage
+from jaxprune.commands._calibration import Calibration, draw, up_to_a_row
+from jaxprune.commands._common import ModelName, Output, flag, say, stage
 from jaxprune.commands._compute import Compute
+from jaxprune.commands._sparse_result import by_matrix, record, summary
 from jaxprune.commands._stages import kept, opened
-from jaxprune.models import unit_counts
-from jaxprune.models.axes import MAMBA_MATRICES, MATRICES
-from jaxprune.plan import Plan
+from jaxprune.models._safetensors import read_json
 from jaxprune.recovery import sparse
 
 SIZES = {True: (128, 2048), False: (64, 512)}  # samples and length, with an accelerator and without
@@ -44,6 +41,11 @@ class Sparsify:
     times the norm of the input, no update. magnitude: no update, either."""
     sparsity: Annotated[float | None, flag("F", "0.5, unless --nm is given")] = None
     """Fraction of zeros in each matrix."""
+    layerwise: Literal["uniform", "outliers", "sensitivity"] = "uniform"
+    """How --sparsity is spread over layers. outliers: OWL, less of it where more weights stand out. sensitivity: by the
+    divergence of next tokens that zeros in a layer alone cause. Both need one pass of the dense model before."""
+    spread: Annotated[float | None, flag("F", "0.08")] = None
+    """How far a layer may be from --sparsity, with --layerwise."""
     nm: Annotated[str | None, flag("N:M", "none")] = None
     """Of each M consecutive inputs of an output at most N weights stay, such as 2:4 or 4:8."""
     variant: Annotated[Literal["SS", "SM", "MS", "MM"] | None, flag("{SS,SM,MS,MM}", "SM; MM with --nm")] = None
@@ -75,6 +77,11 @@ class Sparsify:
         """Folder of the layers that are done, until the end."""
         return self.out.parent / f"{self.out.name}.sparsifying"
 
+    @property
+    def width(self) -> float:
+        """How far a layer may be from the fraction of all; OWL's lambda."""
+        return 0.08 if self.spread is None else self.spread
+
     def kept(self) -> str | None:
         """How to go on after an interruption, or None where nothing was kept."""
         return kept(self.checkpoints)
@@ -88,6 +95,12 @@ class Sparsify:
         if self.nm is not None and self.sparsity is not None:
             raise ValueError("nm and sparsity: both given; N:M is a sparsity, give one of them")
         pattern = sparse.n_of_m(self.nm) if self.nm else sparse.Pattern(0.5 if self.sparsity is None else self.sparsity)
+        if self.layerwise != "uniform" and self.nm is not None:
+            raise ValueError(f"layerwise: {self.layerwise} given with nm, which is the same in every layer; give one of them")
+        if self.layerwise == "uniform" and self.spread is not None:
+            raise ValueError(f"spread: {self.spread} given; it is for --layerwise outliers or sensitivity")
+        if self.layerwise != "uniform":
+            layer_sparsity.bounds(pattern.fraction, self.width)
         for name in ("samples", "length"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}: {value} given; it must be at least 1")
@@ -117,11 +130,15 @@ def run(args: Sparsify) -> dict[str, Any]:
             )
         given |= dict(sha256=calibration.sha256, layers=plain(model.cfg.layers))
         with opened(args.checkpoints, given, overwrite=args.overwrite):
+            batches = pipeline.batches(calibration.tokens, model.params)
+            if args.layerwise != "uniform":
+                with stage(f"sparsity of layers, {args.layerwise}", seconds):
+                    asked = dataclasses.replace(asked, layers=_layers(args, asked, model, batches, names))
             with stage(f"sparsifying, {args.method}", seconds):
                 params, found = sparsify.sparsify(
                     model.params,
                     model.cfg,
-                    pipeline.batches(calibration.tokens, model.params),
+                    batches,
                     asked,
                     checkpoints=args.checkpoints,
                     progress=progress,
@@ -129,30 +146,27 @@ def run(args: Sparsify) -> dict[str, Any]:
             for name, matrix in found.items():
                 for note in matrix.notes:
                     say(f"note: {name}: {note}")
-            result = _summary(found, seconds)
+            result = summary(model, found, seconds)
             with stage("saving", seconds):
-                record = _record(args, asked, model, calibration, found, result, names)
-                folder.save(out, model._replace(params=params, record=record))
+                made = record(args, asked, model, calibration, found, result, names)
+                folder.save(out, model._replace(params=params, record=made))
     shutil.rmtree(args.checkpoints, ignore_errors=True)
     rows = by_matrix({name: (m.zeros, m.violations) for name, m in found.items()}, {n: m.error for n, m in found.items()})
     return result | {"folder": str(args.out), "by matrix": rows, "matrices": {n: m._asdict() for n, m in found.items()}}
 
 
-def by_matrix(found: dict[str, tuple[float, int]], errors: dict[str, float] | None = None) -> list[dict[str, Any]]:
-    """Zeros and violations over all layers, a row for each kind of matrix."""
-    rows: list[dict[str, Any]] = []
-    for matrix in (*MATRICES, *MAMBA_MATRICES):
-        if names := [name for name in found if name.split(".")[-1] == matrix]:
-            zeros = [found[name][0] for name in names]
-            row = {"matrix": matrix, "layers": len(names), "least zeros": min(zeros), "most zeros": max(zeros)}
-            row["N:M violations"] = sum(found[name][1] for name in names)
-            if errors:
-                row |= {
-                    "mean error": float(np.mean([errors[n] for n in names])),
-                    "largest error": max(errors[n] for n in names),
-                }
-            rows.append(row)
-    return rows
+def _layers(
+    args: Sparsify, asked: sparsify.Sparsity, model: folder.Model, batches: list[Any], names: tuple[tuple[str, ...], ...]
+) -> tuple[float, ...]:
+    """The fraction of each layer, allocated once in a run that is stopped and goes on."""
+    file = args.checkpoints / "layers.json"
+    if not file.is_file():
+        fraction = asked.pattern.fraction
+        found = layer_sparsity.allocated(
+            model.params, model.cfg, batches, names, args.layerwise, fraction, args.width, progress=progress
+        )
+        write_json(file, dict(layers=found))
+    return tuple(read_json(file)["layers"])
 
 
 def calibrated(flags: Calibration, model: folder.Model) -> data.Calibration:
@@ -166,39 +180,3 @@ def calibrated(flags: Calibration, model: folder.Model) -> data.Calibration:
     if not accelerated and (flags.samples is None or flags.length is None):
         say(f"note: no accelerator, so the default is {samples} x {length} tokens; with one it is 128 x 2048, as published")
     return found
-
-
-def _summary(found: dict[str, sparsify.Matrix], seconds: dict[str, float]) -> dict[str, Any]:
-    return {
-        "matrices made sparse": len(found),
-        "zeros, least of a matrix": min(m.zeros for m in found.values()),
-        "N:M violations": sum(m.violations for m in found.values()),
-        "relative error of the outputs, summed": sum(m.error for m in found.values()),
-        "peak memory, MiB": round(peak_memory() / 2**20),
-        "seconds": seconds,
-    }
-
-
-def _record(
-    args: Sparsify,
-    asked: sparsify.Sparsity,
-    model: folder.Model,
-    calibration: data.Calibration,
-    found: dict[str, sparsify.Matrix],
-    result: dict[str, Any],
-    names: tuple[tuple[str, ...], ...],
-) -> dict[str, Any]:
-    arrays = [n for n in model.cfg.matrices if any(n in layer for layer in names)]
-    settings = dataclasses.asdict(asked) | dict(pattern=asked.pattern._asdict())
-    return dict(
-        plan=json.loads(Plan(tuple({} for _ in model.cfg.layers), unit_counts(model.cfg)).to_json()),
-        method=dict(name=asked.method) | settings,
-        source=args.model,
-        calibration=described(calibration),
-        seed=args.seed,
-        versions=folder.versions(),
-        metrics=result,
-        updates=[dict(by=asked.method, arrays=arrays, settings=settings)],
-        before=model.record,
-        sparsity=dict(pattern=asked.pattern._asdict(), zeros={name: m.zeros for name, m in found.items()}),
-    )

@@ -9,7 +9,7 @@ from jaxprune import _hosts, data, folder, proof, sparsify
 from jaxprune.commands import _devices
 from jaxprune.commands._common import Output, check_tokens, flag, say, stage
 from jaxprune.commands._compute import Compute
-from jaxprune.commands.sparsify import by_matrix
+from jaxprune.commands._sparse_result import by_matrix
 from jaxprune.recovery.sparse import Pattern
 
 

@@ -1,6 +1,5 @@
 """Patterns of zeros: a fraction of the weights, or N that stay of each M inputs in a row."""
 
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -8,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
+
+FEW = 16  # the largest M
 
 
 class Pattern(NamedTuple):
@@ -40,9 +41,9 @@ def n_of_m(text: str) -> Pattern:
     parts = text.split(":")
     if len(parts) == 2 and all(p.isdecimal() for p in parts):
         n, m = map(int, parts)
-        if 1 <= n < m <= 16:
+        if 1 <= n < m <= FEW:
             return Pattern(1 - n / m, n, m)
-    raise ValueError(f"nm: {text!r} given; give N:M with N weights that stay of M, M at most 16, such as 2:4 or 4:8")
+    raise ValueError(f"nm: {text!r} given; give N:M with N weights that stay of M, M at most {FEW}, such as 2:4 or 4:8")
 
 
 def keep_largest(scores: Float[Array, "out in"], pattern: Pattern, per_row: bool = False) -> Bool[Array, "out in"]:
@@ -68,14 +69,35 @@ def keep_largest(scores: Float[Array, "out in"], pattern: Pattern, per_row: bool
     return _above(scores.reshape(-1), pattern.zeros(scores.size)).reshape(rows, columns)
 
 
-@functools.partial(jax.jit, static_argnames="count")
-def _above(scores: jax.Array, count: int) -> jax.Array:
-    return ranks(scores) >= count
+@jax.jit
+def _above(scores: jax.Array, count: Any) -> jax.Array:
+    return above(scores, count)
 
 
-def ranks(scores: jax.Array) -> jax.Array:
-    """The position of each number among those of the last axis, from the smallest; ties in the order of their index."""
-    return jnp.argsort(jnp.argsort(scores, -1, stable=True), -1, stable=True)
+def above(scores: jax.Array, count: Any) -> jax.Array:
+    """False for the so many smallest numbers of the last axis; of equal ones those of lower index are smaller.
+
+    XLA sorts slowly on CPUs. Few numbers are compared with each other; of many the largest that is False is found bit by bit.
+    """
+    n = scores.shape[-1]
+    if n <= FEW:
+        one, other = scores[..., :, None], scores[..., None, :]
+        before = (other < one) | ((other == one) & (jnp.arange(n) < jnp.arange(n)[:, None]))
+        return jnp.sum(before, -1) >= count
+    size = 8 * scores.dtype.itemsize
+    top = jnp.asarray(1 << (size - 1), f"uint{size}")
+    bits = jax.lax.bitcast_convert_type(scores, f"uint{size}")
+    bits = jnp.where(bits & top, ~bits, bits | top)  # in the order of the numbers
+
+    def lower(i, least):
+        tried = least | (top >> i.astype(top.dtype))
+        enough = jnp.sum(bits < tried, -1, keepdims=True) >= count
+        return jnp.where(enough, least, tried)
+
+    last = jax.lax.fori_loop(0, size, lower, jnp.zeros((*bits.shape[:-1], 1), top.dtype))
+    equal = bits == last
+    spare = count - jnp.sum(bits < last, -1, keepdims=True)
+    return (bits > last) | (equal & (jnp.cumsum(equal, -1) > spare))
 
 
 def violations(w: Any, pattern: Pattern) -> int:

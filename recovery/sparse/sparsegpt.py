@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.recovery.sparse.pattern import Pattern, ranks
+from jaxprune.recovery.sparse.pattern import Pattern, above
 from jaxprune.recovery.sparse.system import System
 
 
@@ -69,7 +69,8 @@ def sparsegpt(
     widths = [min(size, columns - start) for start in range(0, columns, size)]
     counts = np.asarray([pattern.zeros((1 if per_row else rows) * width) for width in widths])
     given = None if keep is None else np.asarray(keep, bool)
-    new, kept = _swept(np.asarray(w), system.factor, system.scale, counts, given, size, pattern, joint, per_row)
+    groups = pattern._replace(fraction=0.0)  # the counts say it; one program for all fractions
+    new, kept = _swept(np.asarray(w), system.factor, system.scale, counts, given, size, groups, joint, per_row)
     return Sparse(new, kept, system.notes)
 
 
@@ -101,7 +102,7 @@ def _sweep(wt, u, counts, given, columns, size, pattern: Pattern, joint, per_row
             keep = jnp.ones(w1.shape, bool)  # chosen when the sweep arrives at the group
         else:
             scores = jnp.where((start + jnp.arange(size) < columns)[:, None], (w1 / jnp.diagonal(u1)[:, None]) ** 2, jnp.inf)
-            keep = ranks(scores.T).T >= count if per_row else ranks(scores.reshape(-1)).reshape(w1.shape) >= count
+            keep = above(scores.T, count).T if per_row else above(scores.reshape(-1), count).reshape(w1.shape)
 
         def choose(j, w1, keep):
             group = jax.lax.dynamic_slice_in_dim(w1, j, pattern.m)
@@ -146,7 +147,7 @@ def best_groups(w: jax.Array, inverse: jax.Array, pattern: Pattern, joint: bool)
     2024, equations 12 and 14.
     """
     if not joint:
-        return ranks(w * w / jnp.diagonal(inverse, axis1=1, axis2=2)) >= pattern.m - pattern.n
+        return above(w * w / jnp.diagonal(inverse, axis1=1, axis2=2), pattern.m - pattern.n)
     gone = jnp.asarray(list(itertools.combinations(range(pattern.m), pattern.m - pattern.n)))  # patterns, M - N
 
     def better(best, index):

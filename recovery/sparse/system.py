@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.linalg
+from scipy.linalg import lapack
 
 from jaxprune.recovery._solve import damping
 
@@ -64,7 +64,8 @@ def system(gram: jax.Array | np.ndarray, damp: float = 1e-2) -> System:
     notes = [f"{dead.sum()} of {len(dead)} inputs were always zero"] if dead.any() else []
     damps = [damp, *(max(damp, 1e-8) * 10.0**k for k in range(1, 9))]
     for tried in [d for d in damps if d == damp or d <= 1]:
-        h = gram + damping(gram, tried) * np.eye(len(gram))
+        h = gram.copy()
+        h[np.diag_indices_from(h)] += damping(gram, tried)
         found = _factored(h, dead)
         if found is not None:
             notes += [f"damping raised from {damp:g} to {tried:g} of the mean diagonal"] if tried != damp else []
@@ -82,7 +83,12 @@ def _made(found: tuple[np.ndarray, ...], notes: list[str]) -> System:
 
 
 def _factored(h: np.ndarray, dead: np.ndarray) -> tuple[np.ndarray, ...] | None:
-    """The fields of a `System`, or None where h has no Cholesky factor or it is useless."""
+    """The fields of a `System`, or None where h has no Cholesky factor or it is useless.
+
+    With rows and columns in reverse h is R^T R, so U is the inverse of R^T in reverse: n^3 operations for U and the inverse, a
+    quarter of factoring, solving for the unit matrix and factoring again. What LAPACK leaves by columns is read by rows, which
+    transposes it without a copy.
+    """
     diagonal = np.diag(h).copy()
     if not (diagonal > 0).all():
         return None
@@ -90,14 +96,27 @@ def _factored(h: np.ndarray, dead: np.ndarray) -> tuple[np.ndarray, ...] | None:
     scaled = h / np.outer(scale, scale)
     if dead.any() and not dead.all():
         scale[dead] = DEAD * scale[~dead].mean()
-    try:
-        lower = scipy.linalg.cholesky(scaled, lower=True, check_finite=False)
-        inverse = scipy.linalg.cho_solve((lower, True), np.eye(len(h)), check_finite=False)
-        factor = scipy.linalg.cholesky((inverse + inverse.T) / 2, check_finite=False)
-    except scipy.linalg.LinAlgError:
+    upper, failed = lapack.dpotrf(np.ascontiguousarray(scaled[::-1, ::-1]).T, overwrite_a=True)
+    if failed:
         return None
-    error = np.abs(scaled @ inverse - np.eye(len(h))).max()
+    backward, failed = lapack.dtrtri(upper, overwrite_c=True)
+    if failed:
+        return None
+    factor = np.ascontiguousarray(backward.T[::-1, ::-1])
+    product, _ = lapack.dlauum(backward, overwrite_c=True)
+    inverse = _mirrored(np.ascontiguousarray(product.T[::-1, ::-1]))
+    probe = np.random.default_rng(0).choice([-1.0, 1.0], (len(h), 4))
+    error = np.abs(scaled @ (inverse @ probe) - probe).max()
     return (scaled, inverse, factor, scale) if error < 1e-3 else None
+
+
+def _mirrored(x: np.ndarray, strip: int = 256) -> np.ndarray:
+    """The symmetric matrix with the upper half of x, which is overwritten; in strips that caches hold."""
+    for i in range(0, len(x), strip):
+        x[i + strip :, i : i + strip] = x[i : i + strip, i + strip :].T
+        block = x[i : i + strip, i : i + strip]
+        block[:] = np.triu(block) + np.triu(block, 1).T
+    return x
 
 
 def relative_loss(w: Any, new: Any, gram: Any) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxprune import folder, sparsify
+from jaxprune import folder, layer_sparsity, sparsify
 
 FLAGS = ("--samples", 4, "--length", 24)
 MATRICES = [
@@ -100,9 +100,36 @@ def test_a_run_that_was_stopped_goes_on(jaxprune, dense, made, tmp_path, monkeyp
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (made / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("how", ["outliers", "sensitivity"])
+def test_layers_with_fractions_of_their_own(jaxprune, dense, tmp_path, monkeypatch, how):
+    command = ("sparsify", dense, "--method", "magnitude", "--sparsity", 0.6, "--layerwise", how, *FLAGS)
+    assert jaxprune(*command, "--out", tmp_path / "whole", "--json", tmp_path / "r.json").status == 0
+    record = json.loads((tmp_path / "whole" / "jaxprune.json").read_text())["sparsity"]
+    low, high = sorted(record["layers"])
+    assert record["layerwise"] == how and 0.52 <= low < 0.6 < high <= 0.68 and low + high == pytest.approx(1.2)
+    assert json.loads((tmp_path / "r.json").read_text())["zeros, of all of them"] == pytest.approx(0.6, abs=5e-4)
+    assert jaxprune("verify", dense, tmp_path / "whole", "--length", 16).status == 0
+
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    again = (*command, "--out", tmp_path / "again")
+    with monkeypatch.context() as patch:
+        patch.setattr(sparsify, "_block", stop)
+        assert jaxprune(*again).status == 2
+    assert "holds a run with other settings (spread" in jaxprune(*again, "--spread", 0.1).err
+    monkeypatch.setattr(layer_sparsity, "allocated", stop)
+    assert jaxprune(*again).status == 0
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "again")]
+    assert files[0] == files[1]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--nm", "2:4", "--layerwise", "outliers"), "layerwise: outliers given with nm"),
+        (("--spread", 0.1), "spread: 0.1 given; it is for --layerwise"),
+        (("--sparsity", 0.95, "--layerwise", "sensitivity"), "spread: 0.08 given; with sparsity 0.95 it must be between 0 and"),
         (("--nm", "2:4", "--sparsity", 0.5), "both given"),
         (("--nm", "4:2"), "nm: '4:2' given"),
         (("--nm", "1:5"), "which 5 does not divide"),

@@ -9,6 +9,7 @@ import pytest
 
 from jaxprune import recovery
 from jaxprune.recovery import sparse
+from jaxprune.recovery.sparse import pattern as pattern_of
 
 HALF, TWO_FOUR = sparse.Pattern(0.5), sparse.n_of_m("2:4")
 
@@ -190,6 +191,18 @@ def test_zeros_per_row():
     for done in (sparse.apt(w, s, HALF, "SM", per_row=True), sparse.apt(w, s, HALF, "SS", per_row=True)):
         assert ((np.asarray(done.w) == 0).sum(1) == 16).all()
     assert (np.asarray(sparse.wanda(w, gram, sparse.Pattern(0.25))).sum(1) == 24).all()
+
+
+@pytest.mark.parametrize("columns", [3, 16, 17, 400])  # 16 are compared with each other
+def test_the_smallest_go_and_of_equal_ones_those_in_front(columns):
+    rng = np.random.default_rng(columns)
+    scores = rng.integers(-3, 4, (5, columns)).astype(np.float32)  # most are equal to another
+    scores[0, 0], scores[1, 0], scores[2, :] = np.inf, -np.inf, 0.5
+    order = np.argsort(scores, 1, kind="stable")
+    want = np.empty_like(order)
+    np.put_along_axis(want, order, np.arange(columns)[None].repeat(5, 0), 1)
+    for count in (0, 1, columns // 2, columns):
+        np.testing.assert_array_equal(pattern_of.above(jnp.asarray(scores), count), want >= count)
 
 
 def test_alternating_directions_reach_the_exact_loss():
