@@ -3,7 +3,8 @@
 from typing import Any
 
 from jaxprune.models import _hf_mamba
-from jaxprune.models._families import FAMILIES, KEYS, LIKE_LLAMA, OURS, REFUSED, TRAITS, Family, beyond_llama
+from jaxprune.models._families import FAMILIES, LIKE_LLAMA, OURS, REFUSED
+from jaxprune.models._family import KEYS, TRAITS, Family, beyond_llama
 from jaxprune.models._hf_kinds import kinds_of_rope, rope_by_kind
 from jaxprune.models._hf_layers import layer_to_hf, layers_from_hf, number, positive, widths
 from jaxprune.models._hf_rope import OWN_LENGTH, partial_from_hf, rope_from_hf, rope_to_hf

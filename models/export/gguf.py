@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune.models import _stored
-from jaxprune.models._families import beyond_llama
+from jaxprune.models._family import beyond_llama
 from jaxprune.models._gguf import PART
 from jaxprune.models._gguf_blocks import LEAST_FF, architecture, blocks
 from jaxprune.models._gguf_config import PERMUTED

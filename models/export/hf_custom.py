@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune.models import checkpoint
-from jaxprune.models._families import beyond_llama
+from jaxprune.models._family import beyond_llama
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.export import hf
 from jaxprune.models.types import Params

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from jaxprune.models import _stored
-from jaxprune.models._families import beyond_llama
+from jaxprune.models._family import beyond_llama
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.export._plain import kept, shapes_of
 from jaxprune.models.export.hf import refuse
