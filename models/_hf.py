@@ -22,7 +22,7 @@ AUTO_MAP = dict(AutoConfig=f"{MODULE}.JaxpruneLlamaConfig", AutoModelForCausalLM
 def from_hf_config(config: dict[str, Any]) -> Config:
     """The model that a `config.json` describes.
 
-    Reads the keys of transformers 4 and 5 (`per_layer_config`, and rope in both spellings) and three of ours: `jaxprune_biases`,
+    Reads keys of transformers 4 and 5 (`per_layer_config`, and rope in both spellings) and three of ours: `jaxprune_biases`,
     the biases that are not zero by construction, `jaxprune_gone_layers`, the positions of layers that the file leaves out, and
     `jaxprune_gone_layer_types`, what `layer_types` would say of them.
     Files of Mamba have keys of their own, see `_hf_mamba`.
