@@ -4,8 +4,9 @@ from jaxprune.models import axes, mamba
 from jaxprune.models._hf import from_hf_config, to_hf_config
 from jaxprune.models._how import computing
 from jaxprune.models._kinds import layer_of
+from jaxprune.models._runs import Run
 from jaxprune.models.checkpoint import load, resolve, save
-from jaxprune.models.config import LayerDims, LlamaConfig, Run
+from jaxprune.models.config import LayerDims, LlamaConfig
 from jaxprune.models.flax_tree import from_flax, load_flax_msgpack, save_flax_msgpack, to_flax
 from jaxprune.models.forward import apply, hidden
 from jaxprune.models.llama import block, embedded, head, mlp, project, rms_norm, stream_norm

@@ -3,7 +3,8 @@
 from typing import Any
 
 from jaxprune.models import _hf_mamba
-from jaxprune.models._families import FAMILIES, KEYS, LIKE_LLAMA, OURS, REFUSED, TRAITS, Family, beyond_llama
+from jaxprune.models._families import FAMILIES, LIKE_LLAMA, OURS, REFUSED
+from jaxprune.models._family import KEYS, TRAITS, Family, beyond_llama
 from jaxprune.models._hf_kinds import kinds_of_rope, rope_by_kind
 from jaxprune.models._hf_layers import layer_to_hf, layers_from_hf, number, positive, widths
 from jaxprune.models._hf_rope import OWN_LENGTH, partial_from_hf, rope_from_hf, rope_to_hf
@@ -21,8 +22,9 @@ AUTO_MAP = dict(AutoConfig=f"{MODULE}.JaxpruneLlamaConfig", AutoModelForCausalLM
 def from_hf_config(config: dict[str, Any]) -> Config:
     """The model that a `config.json` describes.
 
-    Reads the keys of transformers 4 and 5 (`per_layer_config`, and rope in both spellings) and two of ours: `jaxprune_biases`,
-    the biases that are not zero by construction, and `jaxprune_gone_layers`, the positions of layers that the file leaves out.
+    Reads keys of transformers 4 and 5 (`per_layer_config`, and rope in both spellings) and three of ours: `jaxprune_biases`,
+    the biases that are not zero by construction, `jaxprune_gone_layers`, the positions of layers that the file leaves out, and
+    `jaxprune_gone_layer_types`, what `layer_types` would say of them.
     Files of Mamba have keys of their own, see `_hf_mamba`.
     In files of `jaxprune_llama` also those of the settings of `LlamaConfig` that LLaMA does not have, as `jaxprune_qk_norm`.
 

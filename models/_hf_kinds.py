@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxprune.models._hf_layers import number
+from jaxprune.models._hf_layers import positive
 from jaxprune.models.config import LlamaConfig
 
 FULL, SLIDING = TYPES = ("full_attention", "sliding_attention")
@@ -25,7 +25,7 @@ def windowed_from_hf(config: dict[str, Any], n: int, gone: list[int]) -> tuple[b
     if types is None and pattern is None:
         return ()
     if types is None:
-        types = [SLIDING if (i + 1) % int(number(config, PATTERN_KEY)) else FULL for i in range(n)]
+        types = [SLIDING if (i + 1) % positive(config, PATTERN_KEY) else FULL for i in range(n)]
     out = _checked(types, TYPES_KEY, n)
     for position, held in zip(gone, _checked(config.get(GONE_TYPES_KEY) or [], GONE_TYPES_KEY, len(gone)), strict=True):
         out.insert(position, held)

@@ -1,13 +1,18 @@
 """The settings in `config.json` in which families differ from LLaMA, the `TRAITS` of `_families`."""
 
+from collections.abc import Callable
 from typing import Any
 
-from jaxprune.models._families import FAMILIES, LEGACY_ACTIVATION, OURS, TRAITS, Family
+from jaxprune.models._families import FAMILIES, LEGACY_ACTIVATION, OURS
+from jaxprune.models._family import TRAITS, Family
 from jaxprune.models._hf_kinds import windowed_from_hf, windowed_to_hf
-from jaxprune.models._hf_layers import positive
+from jaxprune.models._hf_layers import number, positive
 from jaxprune.models.config import ACTIVATIONS, LlamaConfig
 
 GONE_KEY = "jaxprune_gone_layers"
+CHECKED: dict[str, Callable[[dict[str, Any], str], float]] = dict(
+    embed_scale=number, local_rope_theta=number, score_width=positive, score_cap=number, logit_cap=number
+)  # trait -> reads a number of `config.json`
 
 
 def fixed(table: Family, d: int) -> dict[str, Any]:
@@ -19,10 +24,11 @@ def traits_from_hf(config: dict[str, Any], family: str, d: int) -> dict[str, Any
     """All traits of a file, as settings of `LlamaConfig`.
 
     Raises:
-      ValueError: an activation that is not the family's, or kinds of layers that are malformed.
+      ValueError: an activation that is not the family's, or numbers or kinds of layers that are malformed.
     """
     table = FAMILIES[family]
     traits = TRAITS | fixed(table, d) | {t: config.get(table.key(t), TRAITS[t]) for t in table.free}
+    traits |= {t: read(config, table.key(t)) for t, read in CHECKED.items() if t in table.free and traits[t] is not None}
     if "windowed" in table.free:
         gone = sorted(config.get(GONE_KEY) or [])
         traits["windowed"] = windowed_from_hf(config, positive(config, "num_hidden_layers"), gone)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.models.config import Run
+from jaxprune.models._runs import Run
 
 WINDOWED = "windowed"
 

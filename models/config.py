@@ -1,11 +1,11 @@
 """The configuration of a LLaMA-family model whose layers may all differ."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxprune.models import axes
+from jaxprune.models._runs import Run, runs_of
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # as transformers calls them
 
@@ -22,26 +22,6 @@ class LayerDims(NamedTuple):
     kv_heads: int
     q_per_kv: int
     ff: int
-
-
-class Run(NamedTuple):
-    """Consecutive layers of equal shape: one stacked array per weight, one `lax.scan`."""
-
-    name: str
-    start: int
-    length: int
-    dims: Any
-    windowed: tuple[bool, ...] = ()  # of its layers, where the model has two kinds
-
-
-def runs_of(layers: tuple[Any, ...], windowed: tuple[bool, ...] = ()) -> tuple[Run, ...]:
-    """Consecutive layers of equal widths, in order."""
-    out, start = [], 0
-    for i, (dims, group) in enumerate(itertools.groupby(layers)):
-        length = len(list(group))
-        out.append(Run(f"run_{i}", start, length, dims, windowed[start : start + length]))
-        start += length
-    return tuple(out)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

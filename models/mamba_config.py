@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxprune.models import axes
-from jaxprune.models.config import LlamaConfig, Run, runs_of
+from jaxprune.models._runs import Run, runs_of
+from jaxprune.models.config import LlamaConfig
 
 COMMANDS = ("prune", "sparsify", "verify", "inspect", "export --check", "evaluate --text", "generate")  # that know Mamba
 BIASES = ((), ("conv1d",), ("in_proj", "out_proj"), ("in_proj", "conv1d", "out_proj"))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune.models import _stored
-from jaxprune.models._families import beyond_llama
+from jaxprune.models._family import beyond_llama
 from jaxprune.models._gguf import PART
 from jaxprune.models._gguf_blocks import LEAST_FF, architecture, blocks
 from jaxprune.models._gguf_config import PERMUTED
@@ -43,8 +43,8 @@ def problems(cfg: LlamaConfig) -> list[str]:
         )
     if (rope := rope_problem(cfg)) is not None:
         found.append(rope)
-    for what in beyond_llama(cfg):
-        found.append(f"{what} of family {cfg.family}: llama and deci have none; export as hf")
+    if beyond := beyond_llama(cfg):
+        found.append(f"{', '.join(beyond)} of family {cfg.family}: llama and deci have none; export as hf")
     if not blocks(cfg):
         found.append(f"nothing is left of its {len(cfg.layers)} layers; keep at least one sublayer")
     return found

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune.models import checkpoint
-from jaxprune.models._families import beyond_llama
+from jaxprune.models._family import beyond_llama
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.export import hf
 from jaxprune.models.types import Params
@@ -30,7 +30,8 @@ def problems(cfg: LlamaConfig) -> list[str]:
     """
     if dict(cfg.rope_scaling).get("rope_type") == "grid":
         return ["rope scaling 'grid' is unknown to transformers; only this library runs such a model"]
-    return [f"{what} of family {cfg.family}, which our code for transformers does not have" for what in beyond_llama(cfg)]
+    beyond = beyond_llama(cfg)
+    return [f"{', '.join(beyond)} of family {cfg.family}, which our code for transformers does not have"] if beyond else []
 
 
 def write(folder: str | Path, params: Params, cfg: LlamaConfig, tokenizer: Any = None) -> None:

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from jaxprune.models import _stored
-from jaxprune.models._families import beyond_llama
+from jaxprune.models._family import beyond_llama
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.export._plain import kept, shapes_of
 from jaxprune.models.export.hf import refuse
@@ -78,7 +78,8 @@ def problems(cfg: LlamaConfig) -> list[str]:
             f"biases of {', '.join(cfg.biases)}: the layout of MaxText for them is not known here; prune a model without "
             f"biases, or recover without them"
         )
-    why += [f"{what} of family {cfg.family}, whose layout in MaxText is not known here" for what in beyond_llama(cfg)]
+    if beyond := beyond_llama(cfg):
+        why.append(f"{', '.join(beyond)} of family {cfg.family}, whose layout in MaxText is not known here")
     if cfg.shortcuts or cfg.norm_width is not None:
         why.append(
             "the residual stream is rotated (shortcuts, norm_width), which MaxText has no place for; prune without SliceGPT"

@@ -140,7 +140,7 @@ def test_defaults_of_transformers_where_keys_are_left_out(family):
     import transformers
 
     architecture = FAMILIES[family].architecture
-    sizes = dict(vocab_size=64, hidden_size=4096, intermediate_size=48, num_hidden_layers=2, num_attention_heads=32)
+    sizes = dict(vocab_size=64, hidden_size=4096, intermediate_size=48, num_hidden_layers=7, num_attention_heads=32)
     theirs = getattr(transformers, architecture).config_class(**sizes)
     ours = models.from_hf_config(sizes | dict(architectures=[architecture], model_type=family))
     assert ours.layers[0].kv_heads == theirs.num_key_value_heads
@@ -150,9 +150,16 @@ def test_defaults_of_transformers_where_keys_are_left_out(family):
     ends = theirs.eos_token_id if isinstance(theirs.eos_token_id, list) else [theirs.eos_token_id]
     assert (ours.bos_id, ours.eos_ids) == (theirs.bos_token_id, tuple(end for end in ends if end is not None))
     assert ours.pad_id == theirs.pad_token_id
-    assert ours.sliding_window == (theirs.sliding_window if family in ("mistral", "phi3") else None)
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-    assert ours.partial_rotary == (theirs.rope_parameters.get("partial_rotary_factor") or 1.0)
+    kinds = "windowed" in FAMILIES[family].free
+    assert ours.sliding_window == (theirs.sliding_window if family in ("mistral", "phi3") or kinds else None)
+    assert ours.windowed == (tuple(kind == "sliding_attention" for kind in theirs.layer_types) if kinds else ())
+    rope = theirs.rope_parameters
+    assert ours.rope_theta == rope.get("full_attention", rope)["rope_theta"]
+    assert ours.local_rope_theta == rope.get("sliding_attention", {}).get("rope_theta")
+    assert ours.partial_rotary == (rope.get("partial_rotary_factor") or 1.0)
+    assert ours.activation == (getattr(theirs, "hidden_act", None) or theirs.hidden_activation)
+    caps = ("query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping")
+    assert (ours.score_width, ours.score_cap, ours.logit_cap) == tuple(getattr(theirs, key, None) for key in caps)
     assert bool(ours.biases) == (getattr(theirs, "attention_bias", False) or family == "qwen2")
 
 

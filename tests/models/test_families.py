@@ -227,7 +227,9 @@ def test_a_file_of_transformers_4_says_kinds_by_other_keys(made):
         (dict(sliding_window=None), "layers with a window given without sliding_window"),
         (dict(hidden_activation="gelu"), "hidden_activation 'gelu' is not supported; supported is 'gelu_pytorch_tanh'"),
         (dict(attention_bias=True), r"biases: \['o'\] given with post_norms"),
-        (dict(final_logit_softcapping=-1.0), "logit_cap: -1.0 given"),
+        (dict(final_logit_softcapping=-1.0), "final_logit_softcapping -1.0 given; it must be a positive number"),
+        (dict(query_pre_attn_scalar="24"), "query_pre_attn_scalar '24' given; it must be a positive whole number"),
+        (dict(sliding_window_pattern=0, layer_types=None), "sliding_window_pattern 0 given"),
         (
             dict(rope_parameters=dict(sliding_attention=dict(rope_type="linear", factor=2.0))),
             "rope_parameters of sliding_attention have 'linear'; supported is a rope_theta of their own",
