@@ -41,6 +41,18 @@ def rope(kind: str) -> dict[str, Any]:
     )
 
 
+def of_family(family: str, **settings: Any) -> LlamaConfig:
+    """What `config.json` of a family with these settings stands for."""
+    sizes = dict(vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
+    special = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    cfg = models.from_hf_config(dict(model_type=family) | sizes | heads | special | settings)
+    assert isinstance(cfg, LlamaConfig)
+    return cfg
+
+
+CAPS = dict(sliding_window=6, query_pre_attn_scalar=24, attn_logit_softcapping=2.0, final_logit_softcapping=3.0)
+SLIDING, FULL = "sliding_attention", "full_attention"
 PLAIN = dict(
     llama=config(A, A, bos_id=0, eos_ids=(1,), pad_id=2),
     tied=config(A, A, tie_embeddings=True),
@@ -51,6 +63,11 @@ PLAIN = dict(
     window=config(A, A, family="mistral", sliding_window=6),
     qwen2=config(A, A, family="qwen2", biases=QKV),
     bfloat16=config(A, A),
+    qwen3=of_family("qwen3"),
+    glm4=of_family("glm4", partial_rotary_factor=0.5),
+    gemma=of_family("gemma"),
+    gemma2=of_family("gemma2", **CAPS),
+    gemma3=of_family("gemma3_text", sliding_window=6, layer_types=[SLIDING, FULL], rope_local_base_freq=50.0),
     **{kind: config(A, **rope(kind)) for kind in ("longrope", "llama3")},
 )
 PADDED = dict(
