@@ -15,8 +15,8 @@ SmolLM2-135M, 10 x 128 tokens, float32. Medians; what is compared runs in turn.
 
 The last table holds the targets against what was measured. On a machine with other load only `processor` ratios say something.
 
-2026-11-23, 2 idle cores, `--repeats 5 --colds 3`. Cold processes: jaxprune 13.1 s, torch 15.5 s. A read of the weights runs at 41 GB/s
-between two measurements of decoding (13.2 ms) and a product at up to 369 GFLOP/s:
+2026-11-23, 2 idle cores, `--repeats 5 --colds 3`. Cold processes: jaxprune 13.1 s, torch 15.5 s. Between two measurements of
+decoding a read of the weights takes 13.2 ms (41 GB/s); products run at up to 369 GFLOP/s:
 
     program          s      processor, s  GFLOP     GFLOP/s  limit  / gradient, remat
     ---------------  -----  ------------  --------  -------  -----  -----------------
