@@ -44,7 +44,20 @@ class Size(NamedTuple):
         return self.arguments + self.temporaries + self.output + self.beside
 
 
-def size(
+def size(cfg: LlamaConfig, mesh: Mesh, stage: str, **step: Any) -> Size:
+    """Compiles one step of a stage and reads what it takes; no weight is made. Arguments and errors as of `lower`.
+
+    >>> from jaxprune import models, sharding, sizing
+    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),))
+    >>> found = sizing.size(cfg, sharding.mesh_of("data=1"), "forward", batch=2, length=9, dtype="float32")
+    >>> found.weights == 4 * models.count_parameters(cfg), found.work.flops > 2 * 2 * 8 * cfg.decoder_parameters
+    (True, True)
+    """
+    params, lowered = lower(cfg, mesh, stage, **step)
+    return size_of(lowered.compile(compiler_options=AS_STORED), params, cfg, stage)
+
+
+def lower(
     cfg: LlamaConfig,
     mesh: Mesh,
     stage: str,
@@ -54,8 +67,8 @@ def size(
     dtype: Any = jnp.bfloat16,
     method: str = "taylor",
     layers_at_once: int | None = None,
-) -> Size:
-    """Compiles one step of a stage and reads what it takes; no weight is made.
+) -> tuple[Params, jax.stages.Lowered]:
+    """The parameters, which are not there, and the program of one step of a stage before it is compiled.
 
     ============  ==========================================================================
     stage         one step
@@ -78,31 +91,7 @@ def size(
 
     Raises:
       ValueError: an unknown stage or method, a method without a scorer or without layers at once, sizes below 1 (2 tokens).
-
-    >>> from jaxprune import models, sharding, sizing
-    >>> cfg = models.LlamaConfig(vocab=64, d=32, head_dim=8, layers=(models.LayerDims(2, 2, 48),))
-    >>> found = sizing.size(cfg, sharding.mesh_of("data=1"), "forward", batch=2, length=9, dtype="float32")
-    >>> found.weights == 4 * models.count_parameters(cfg), found.work.flops > 2 * 2 * 8 * cfg.decoder_parameters
-    (True, True)
     """
-    params, lowered = lower(
-        cfg, mesh, stage, batch=batch, length=length, dtype=dtype, method=method, layers_at_once=layers_at_once
-    )
-    return size_of(lowered.compile(compiler_options=AS_STORED), params, cfg, stage)
-
-
-def lower(
-    cfg: LlamaConfig,
-    mesh: Mesh,
-    stage: str,
-    *,
-    batch: int,
-    length: int,
-    dtype: Any = jnp.bfloat16,
-    method: str = "taylor",
-    layers_at_once: int | None = None,
-) -> tuple[Params, jax.stages.Lowered]:
-    """The parameters, which are not there, and the program of a stage before it is compiled; arguments as in `size`."""
     if stage not in STAGES:
         raise ValueError(f"stage: {stage!r} given; allowed are {', '.join(STAGES)}")
     if batch < 1 or length < 2:
