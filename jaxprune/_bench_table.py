@@ -68,7 +68,7 @@ def _row(cell: Mapping[str, Any]) -> Row:
 
 def short(rows: Sequence[Row]) -> list[Row]:
     """The columns for a terminal."""
-    keep = ("method", "ratio", "fraction removed", "perplexity", "accuracy", "seconds", "peak memory, MiB")
+    keep = ("method", "ratio", "fraction removed", "perplexity", "accuracy", "error", "seconds", "peak memory, MiB")
     return [
         {column: row.get(column) for column in _columns(rows) if column.startswith(keep)} | dict(note=row["note"].split(":")[0])
         for row in rows

@@ -124,8 +124,11 @@ def _solve(matrix: jax.Array, mask: jax.Array, b: jax.Array, k: int) -> jax.Arra
 
 @jax.jit
 def _conjugate_gradients(w, start, gram, keep):
-    """All rows side by side, until each residual is 1e-5 of what it is where the zeros are not made up for."""
+    """All rows side by side, each until its residual is 1e-5 of what it is where the zeros are not made up for."""
     times = functools.partial(jnp.matmul, precision="highest")
+    largest = jnp.max(jnp.abs(w), 1, keepdims=True)
+    unit = jnp.where(largest > 0, largest, 1)  # of each row, so that squares of its residual are not too small for float32
+    w, start = w / unit, start / unit
 
     def left(x):
         return jnp.where(keep, times(w - x, gram), 0)
@@ -142,13 +145,13 @@ def _conjugate_gradients(w, start, gram, keep):
     def advance(state):
         x, r, p, size, step = state
         ap = jnp.where(keep, times(p, gram), 0)
-        alpha = _ratio(size, jnp.sum(p * ap, 1))[:, None]
+        alpha = jnp.where(size > goal, _ratio(size, jnp.sum(p * ap, 1)), 0)[:, None]
         x, r = x + alpha * p, r - alpha * ap
         new = jnp.sum(r * r, 1)
-        return x, r, r + _ratio(new, size)[:, None] * p, new, step + 1
+        return x, r, r + jnp.where(new > goal, _ratio(new, size), 0)[:, None] * p, new, step + 1
 
     begin = x, residual, residual, jnp.sum(residual * residual, 1), 0
-    return jax.lax.while_loop(more, advance, begin)[0]
+    return unit * jax.lax.while_loop(more, advance, begin)[0]
 
 
 def _ratio(a: jax.Array, b: jax.Array) -> jax.Array:
