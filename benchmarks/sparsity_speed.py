@@ -7,29 +7,8 @@ Second moments are factored in each program. SparseGPT is ours and torch's with 
 weight more in each block. `first` has the compilation in it. `error` is that of the output, relative; `mask as torch` the share
 of weights that are zero in both or in neither.
 
-2026-11-23, `OPENBLAS_NUM_THREADS=1 taskset -c 1 python benchmarks/sparsity_speed.py --widths 1024 2048 4096 --repeats 2`: one
-core, beside other programs (load 8.1 to 8.4 on 2 cores), so compare `processor`. The rows of 2:4 are in docs/sparsity.md:
-
-    matrix             pattern  program          first, s  s       / torch  processor, s  its / torch  error    mask as torch
-    -----------------  -------  ---------------  --------  ------  -------  ------------  -----------  -------  -------------
-    q 576 x 576        0.5      torch SparseGPT  0.149     0.169   1.000    0.060         1.000        0.00436  1.00000
-    q 576 x 576        0.5      SparseGPT        3.584     0.036   0.216    0.025         0.417        0.00436  0.99993
-    q 576 x 576        0.5      APT, SM          1.844     0.637   3.773    0.259         4.301        0.00311  0.99993
-    gate 1536 x 576    0.5      torch SparseGPT  0.407     0.406   1.000    0.138         1.000        0.01528  1.00000
-    gate 1536 x 576    0.5      SparseGPT        3.619     0.110   0.270    0.052         0.380        0.01528  0.99993
-    gate 1536 x 576    0.5      APT, SM          2.904     1.715   4.228    0.592         4.296        0.01109  0.99993
-    down 576 x 1536    0.5      torch SparseGPT  0.796     1.157   1.000    0.312         1.000        0.01270  1.00000
-    down 576 x 1536    0.5      SparseGPT        4.204     0.508   0.439    0.191         0.610        0.01270  0.99925
-    down 576 x 1536    0.5      APT, SM          6.336     5.643   4.877    1.730         5.542        0.00827  0.99925
-    width 1024 x 1024  0.5      torch SparseGPT  0.719     0.698   1.000    0.310         1.000        0.01715  1.00000
-    width 1024 x 1024  0.5      SparseGPT        2.474     0.178   0.255    0.091         0.295        0.01715  0.99975
-    width 1024 x 1024  0.5      APT, SM          2.806     1.940   2.780    0.882         2.846        0.00955  0.99975
-    width 512 x 2048   0.5      torch SparseGPT  1.570     1.368   1.000    0.559         1.000        0.00992  1.00000
-    width 512 x 2048   0.5      SparseGPT        3.851     1.463   1.069    0.572         1.024        0.00990  0.99767
-    width 512 x 2048   0.5      APT, SM          11.564    8.393   6.133    3.738         6.688        0.00222  0.99767
-    width 256 x 4096   0.5      torch SparseGPT  4.344     5.600   1.000    2.137         1.000        0.00558  1.00000
-    width 256 x 4096   0.5      SparseGPT        10.409    8.697   1.553    3.357         1.571        0.00557  0.99163
-    width 256 x 4096   0.5      APT, SM          31.616    31.230  5.577    13.428        6.284        0.00075  0.99163
+What it printed on 2026-11-23 (`OPENBLAS_NUM_THREADS=1 taskset -c 1 python benchmarks/sparsity_speed.py --widths 1024 2048 4096
+--repeats 2`) is in docs/sparsity.md.
 """
 
 import dataclasses
@@ -74,15 +53,15 @@ def of_model(args: Args) -> Iterator[tuple[str, Any, Any]]:
 
     from jaxprune import models, sparsify
     from jaxprune._sparse_blocks import advance, begin, blocks_of
+    from jaxprune.models._runs import places
 
     params, cfg = models.load(args.model, dtype="float32")
     tokens = _common.calibration(args.calibration, args.model, 8, 512)
     stream = begin(params, list(tokens.reshape(4, 2, 512)), cfg)
-    places = [(run.name, i) for run in cfg.runs for i in range(run.length)]
-    for run, i in places[: args.layer + 1]:
-        p = {name: x[i] for name, x in params[run].items()}
+    for layer, (run, i) in enumerate(places(cfg.runs)[: args.layer + 1]):
+        p = models.layer_of(params, run, i)
         for group in blocks_of(cfg).groups:
-            for name in set(group) & set(args.matrices) if (run, i) == places[args.layer] else ():
+            for name in set(group) & set(args.matrices) if layer == args.layer else ():
                 gram = np.asarray(sum(sparsify._gram(p, group[0], x, cfg) for x in stream))
                 yield name, np.ascontiguousarray(np.asarray(p[name]).reshape(len(gram), -1).T), gram
             advance(stream, p, group[0], cfg)

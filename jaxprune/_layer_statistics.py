@@ -10,8 +10,9 @@ import numpy as np
 
 from jaxprune._losses import Progress
 from jaxprune._sparse_blocks import advance, begin, blocks_of
-from jaxprune.models import Config, Params, Run, hidden, layer_of, token_kl
+from jaxprune.models import Config, Params, hidden, layer_of, token_kl
 from jaxprune.models._mesh import by_sequence
+from jaxprune.models._runs import places
 from jaxprune.recovery.sparse.pattern import Pattern, keep_largest
 
 Names = Sequence[Sequence[str]]  # of the matrices of each layer
@@ -20,9 +21,9 @@ Norms = Sequence[Mapping[str, np.ndarray]]  # per layer, matrix -> float32[in]
 
 def input_norms(params: Params, cfg: Config, batches: Sequence[Any], progress: Progress | None = None) -> Norms:
     """The root of the sum of squares, over all tokens, of what each matrix of the dense model reads."""
-    stream, places = begin(params, batches, cfg), _places(cfg)
+    stream, where = begin(params, batches, cfg), places(cfg.runs)
     out: list[dict[str, np.ndarray]] = []
-    for place in places if progress is None else progress(places, "reading the dense layers"):
+    for place in where if progress is None else progress(where, "reading the dense layers"):
         p = layer_of(params, *place)
         out.append({})
         for group in blocks_of(cfg).groups:
@@ -45,7 +46,7 @@ def outlier_shares(params: Params, cfg: Config, norms: Norms, names: Names, m: f
     Reference: Yin et al., `Outlier Weighed Layerwise Sparsity <https://arxiv.org/abs/2310.05175>`_, 2023, section 3.1.
     """
     out = []
-    for (run, i), norm, here in zip(_places(cfg), norms, names, strict=True):
+    for (run, i), norm, here in zip(places(cfg.runs), norms, names, strict=True):
         scores = [_scores(params[run.name][n][i], norm[n]) for n in here]
         weights = sum(s.size for s in scores)
         above = m * sum(float(jnp.sum(s)) for s in scores) / max(weights, 1)
@@ -77,10 +78,10 @@ def divergences(
     Raises:
       ValueError: a divergence that is not a number.
     """
-    places, tokens = _places(cfg), jnp.asarray(tokens)
-    dense, out = _stream(params, tokens, cfg), np.zeros((len(places), len(fractions)))
-    for layer in range(len(places)) if progress is None else progress(range(len(places)), "measuring layers"):
-        run, i = places[layer]
+    where, tokens = places(cfg.runs), jnp.asarray(tokens)
+    dense, out = _stream(params, tokens, cfg), np.zeros((len(where), len(fractions)))
+    for layer in range(len(where)) if progress is None else progress(range(len(where)), "measuring layers"):
+        run, i = where[layer]
         for j, fraction in enumerate(fractions if names[layer] else ()):
             arrays = dict(params[run.name])
             for n in names[layer]:
@@ -90,11 +91,6 @@ def divergences(
     if not np.isfinite(out).all():
         raise ValueError("sparsify: divergences of layers contain NaN or infinity; check the weights and the calibration data")
     return out
-
-
-def _places(cfg: Config) -> list[tuple[Run, int]]:
-    """The run of each layer and its place in it."""
-    return [(run, i) for run in cfg.runs for i in range(run.length)]
 
 
 def _scores(w: jax.Array, norm: np.ndarray) -> jax.Array:

@@ -73,13 +73,8 @@ class Settings:
         allocate.Constraints(  # refuses what makes no sense
             multiple_of=self.multiple_of, kv_multiple_of=self.kv_multiple_of, min_kept=self.min_kept or 0.0
         )
-        if self.layers_at_once is not None and not method.by_layers:
-            able = ", ".join(name for name, m in methods.METHODS.items() if m.by_layers)
-            raise ValueError(
-                f"layers_at_once: {self.layers_at_once} given; {self.method} keeps few numbers of a layer, leave it out; it is "
-                f"for {able}"
-            )
-        for name in ("steps", "max_distinct", "layers_at_once"):
+        methods.check_layers_at_once(self.method, self.layers_at_once)
+        for name in ("steps", "max_distinct"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise ValueError(f"{name}: {number} given; ask for at least 1")
         if self.protect_first < 0 or self.protect_last < 0:

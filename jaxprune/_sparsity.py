@@ -12,6 +12,7 @@ import numpy as np
 from jaxprune._files import atomic_file
 from jaxprune.models import Config, Params
 from jaxprune.models._mesh import on_host
+from jaxprune.models._runs import places
 from jaxprune.models.axes import INPUT
 from jaxprune.recovery import sparse
 
@@ -149,7 +150,7 @@ def achieved(params: Params, cfg: Config, names: Sequence[str], pattern: sparse.
     Raises:
       ValueError: the model has no such matrix.
     """
-    where = {f"layers.{run.start + i}": (run.name, i) for run in cfg.runs for i in range(run.length)}
+    where = {f"layers.{layer}": (run.name, i) for layer, (run, i) in enumerate(places(cfg.runs))}
     out = {}
     for name in names:
         layer, _, matrix = name.rpartition(".")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune import evaluate
 from jaxprune.models import LlamaConfig, count_parameters
 
 WITHIN = 0.01  # a size is met if it is at most this fraction below the limit
@@ -107,9 +108,7 @@ def flops(limit: float | int, context: int = 1024) -> Target:
     """
 
     def cost(cfg: LlamaConfig) -> float:
-        layers = zip(cfg.layers, cfg.windows, strict=True)
-        seen = sum(dims.kv_heads * dims.q_per_kv * min(context, window or context) for dims, window in layers)
-        return float(2 * (cfg.decoder_parameters + cfg.d * cfg.vocab) + 4 * cfg.head_dim * seen)
+        return float(evaluate.flops_per_token(cfg, context))
 
     return Target("flops", limit, cost, given=dict(context=context))
 

@@ -131,17 +131,18 @@ def sizes(params: Params, cfg: Config, *, context: int = 1024) -> dict[str, int]
         parameters=sum(x.size for x in leaves),
         decoder_parameters=cfg.decoder_parameters,
         bytes=sum(x.size * x.dtype.itemsize for x in leaves),
-        flops_per_token=2 * (cfg.decoder_parameters + cfg.d * cfg.vocab) + _mixing(cfg, context),
+        flops_per_token=flops_per_token(cfg, context),
         context=context,
     )
 
 
-def _mixing(cfg: Config, context: int) -> int:
-    """FLOPs of a token that are not those of matrices."""
+def flops_per_token(cfg: Config, context: int) -> int:
+    """FLOPs of the forward pass of a token that attends to `context` keys, counted as `sizes` says."""
+    matrices = 2 * (cfg.decoder_parameters + cfg.d * cfg.vocab)
     if isinstance(cfg, MambaConfig):
-        return sum((2 * cfg.conv + 9 * cfg.state) * dims.inner for dims in cfg.layers)
+        return matrices + sum((2 * cfg.conv + 9 * cfg.state) * dims.inner for dims in cfg.layers)
     seen = [dims.kv_heads * dims.q_per_kv * min(context, w or context) for dims, w in zip(cfg.layers, cfg.windows, strict=True)]
-    return 4 * cfg.head_dim * sum(seen)
+    return matrices + 4 * cfg.head_dim * sum(seen)
 
 
 def evaluate(

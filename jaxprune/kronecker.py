@@ -77,8 +77,9 @@ def kronecker_obs(
     def update(state: State, params: Params, probes: Any, tokens: jax.Array) -> State:
         asked = [i for i, layer in enumerate(probes["inputs"]) if layer]
         near = range(asked[0], asked[-1] + 1)
-        seen = dict(zip(near, observe(params, tokens, collect, cfg, near), strict=True))
-        moments, weights = (tuple(seen[i][n] if i in seen else {} for i in range(len(cfg.layers))) for n in range(2))
+        seen = list(observe(params, tokens, collect, cfg, near))
+        none: Any = ({}, {})
+        moments, weights = zip(*[none] * near.start, *seen, *[none] * (len(cfg.layers) - near.stop), strict=True)
         metrics = jax.tree.map(jnp.zeros_like, probes["output"])
         if fisher:
             own = jax.random.fold_in(key, state.tokens.astype(jnp.int32))

@@ -297,6 +297,17 @@ METHODS: dict[str, Method] = {
 }
 
 
+def check_layers_at_once(method: str, n: int | None) -> None:
+    """Raises ValueError unless a method can score so many layers at a time; None is all of them."""
+    if n is None:
+        return
+    if not find(method).by_layers:
+        able = ", ".join(name for name, m in METHODS.items() if m.by_layers)
+        raise ValueError(f"layers_at_once: {n} given; {method} keeps few numbers of a layer, leave it out; it is for {able}")
+    if n < 1:
+        raise ValueError(f"layers_at_once: {n} given; ask for at least 1")
+
+
 def find(name: str) -> Method:
     """The method of that name.
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxprune.models import Config, LlamaConfig, Params, apply
 from jaxprune.models._mesh import on_host
+from jaxprune.models._runs import places
 from jaxprune.plan import Plan
 from jaxprune.surgery import gates_of, pruned_config, take, widen
 
@@ -131,13 +132,13 @@ def _differences(params, cfg, small, small_cfg, plan: Plan):
     shared = {"d": plan.keep[0]["d"]} if "d" in plan.keep[0] else {}
     for name, letters in small_cfg.top_arrays().items():
         yield name, _difference(take(params[name], letters, shared), on_host(small[name]))
-    where = {run.start + i: (run.name, i) for run in cfg.runs for i in range(run.length)}
+    where = places(cfg.runs)
     for run in small_cfg.runs:
         for array, letters in small_cfg.layer_arrays(run.dims).items():
             for i in range(run.length):
                 layer = run.start + i
-                name, j = where[layer]
-                dense = params[name].get(array)
+                of, j = where[layer]
+                dense = params[of.name].get(array)
                 got = on_host(small[run.name][array], i)
                 dense = np.zeros_like(got) if dense is None else take(on_host(dense, j), letters, plan.keep[layer])
                 yield f"layers.{layer}.{array}", _difference(dense, got)

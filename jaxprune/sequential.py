@@ -11,8 +11,8 @@ import numpy as np
 
 from jaxprune import scorers
 from jaxprune._losses import Progress
-from jaxprune.models import LlamaConfig, Params, PerLayer, embedded, probes, sublayer
-from jaxprune.models._kinds import layer_of
+from jaxprune.models import LlamaConfig, Params, PerLayer, embedded, layer_of, probes, sublayer
+from jaxprune.models._runs import places
 from jaxprune.models.axes import OUTPUT
 from jaxprune.plan import Widths, select
 from jaxprune.surgery import gates_of
@@ -61,8 +61,8 @@ def score(
         raise ValueError("batches: none given; scores need at least one batch of calibration tokens")
     tokens = np.concatenate([np.asarray(b) for b in batches])
     stream = embedded(params, jnp.asarray(tokens), cfg)
-    places = np.split(np.arange(tokens.size, dtype=np.int32).reshape(tokens.shape), len(batches))
-    where = [(run, i) for run in cfg.runs for i in range(run.length)]
+    ids = np.split(np.arange(tokens.size, dtype=np.int32).reshape(tokens.shape), len(batches))
+    where = places(cfg.runs)
     out: list[dict[str, Any]] = []
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "scoring layer by layer"):
         run, i = where[layer]
@@ -72,7 +72,7 @@ def score(
         scorer = make(one)
         if scorer.needs == "gradients":
             raise ValueError("sequential: the scorer needs gradients of the loss of a whole model; give one of activations")
-        (found,) = scorers.score(scorer, alone, probes(one), places)
+        (found,) = scorers.score(scorer, alone, probes(one), ids)
         out.append(found)
         gates = gates_of(select((found,), (widths[layer],)), one)["gates"][0]
         p = layer_of(params, run, i)

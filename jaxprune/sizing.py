@@ -134,7 +134,7 @@ def _bytes(tree: Any) -> int:
 
 
 def _score(params: Any, tokens: Any, cfg: LlamaConfig, method: str, layers_at_once: int | None) -> Any:
-    pipeline.Settings(method=method, units=methods.default_units(method), layers_at_once=layers_at_once)
+    methods.check_layers_at_once(method, layers_at_once)
     make = methods.find(method).scorer
     if make is None:
         raise ValueError(f"method: {method} given, which rotates the model and has no scores; choose another")

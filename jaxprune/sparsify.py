@@ -13,9 +13,9 @@ from jaxprune import _beside
 from jaxprune._losses import Progress
 from jaxprune._sparse_blocks import advance, begin, blocks_of
 from jaxprune._sparsity import METHODS, Matrix, Sparsity, achieved, chosen, read_block, size, write_block
-from jaxprune.models import Config, Params
-from jaxprune.models._kinds import layer_of
+from jaxprune.models import Config, Params, layer_of
 from jaxprune.models._mesh import by_sequence
+from jaxprune.models._runs import places
 from jaxprune.recovery import sparse
 
 __all__ = ["METHODS", "Matrix", "Sparsity", "achieved", "chosen", "size", "sparsify"]
@@ -68,7 +68,7 @@ def sparsify(
     owed = 0.0  # zeros that rounding left undone, where layers have fractions of their own
     kind = blocks_of(cfg)
     stream = begin(params, batches, cfg)
-    where = [(run, i) for run in cfg.runs for i in range(run.length)]
+    where = places(cfg.runs)
     out = {run.name: {n: np.array(x) for n, x in params.get(run.name, {}).items() if n in cfg.matrices} for run in cfg.runs}
     found: dict[str, Matrix] = {}
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "sparsifying"):

@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune import _beside
 from jaxprune.models import Config, MambaConfig, Params, Probes, axes, probes, unit_counts
 from jaxprune.models._mesh import on_host
+from jaxprune.models._runs import places
 from jaxprune.plan import Plan
 
 
@@ -74,7 +75,7 @@ def cut(params: Params, cfg: Config, plan: Plan) -> tuple[Params, Any]:
     out: Params = {}
     for name, letters in small.top_arrays().items():
         out[name] = put((name,), take(params[name], letters, shared)) if set(letters) & set(shared) else params[name]
-    where = [(old, i) for old in cfg.runs for i in range(old.length)]
+    where = places(cfg.runs)
     for run in small.runs:
         layers = range(run.start, run.start + run.length)
         old = where[run.start][0]

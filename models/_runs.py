@@ -1,6 +1,7 @@
 """Runs of layers: what is stacked and scanned together."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 
@@ -12,6 +13,11 @@ class Run(NamedTuple):
     length: int
     dims: Any
     windowed: tuple[bool, ...] = ()  # of its layers, where the model has two kinds
+
+
+def places(runs: Sequence[Run]) -> list[tuple[Run, int]]:
+    """The run of each layer and the layer's place in it, in order."""
+    return [(run, i) for run in runs for i in range(run.length)]
 
 
 def runs_of(layers: tuple[Any, ...], windowed: tuple[bool, ...] = ()) -> tuple[Run, ...]:

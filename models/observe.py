@@ -1,5 +1,6 @@
 """What flows through a model: a forward pass that hands every layer's activations to a function and keeps what it returns."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -95,12 +96,7 @@ def observe(
             out += [reduce({})] * (last - first)
             continue
 
-        def passing(x, z):
-            for name in axes.OUTPUT.values():
-                x = sublayer(z[0], name, by_sequence(x), cfg)
-            return x, None
-
-        def layer(x, z):
+        def layer(reduce, x, z):
             (p, _), (x, sites) = z, (by_sequence(x), {})
             for axis, name in axes.OUTPUT.items():
                 z, before = None, x
@@ -113,9 +109,9 @@ def observe(
             return x, reduce(sites)
 
         if first:
-            x, _ = over_layers(passing, x, arrays, {}, 0, first)
+            x, _ = over_layers(functools.partial(layer, lambda sites: None), x, arrays, {}, 0, first)
         if last > first:
-            x, stacked = over_layers(layer, x, arrays, {}, first, last)
+            x, stacked = over_layers(functools.partial(layer, reduce), x, arrays, {}, first, last)
             out += [jax.tree.map(lambda s, i=i: s[i], stacked) for i in range(last - first)]
     return tuple(out)
 

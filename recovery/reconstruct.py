@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from jaxprune.models import LlamaConfig, Params, PerLayer, Run, axes, embedded, project, reads, sublayer
-from jaxprune.models._kinds import layer_of
+from jaxprune.models import LlamaConfig, Params, PerLayer, Run, axes, embedded, layer_of, project, reads, sublayer
 from jaxprune.models._mesh import by_sequence, on_host
+from jaxprune.models._runs import places
 from jaxprune.models.axes import OUTPUT
 from jaxprune.recovery.least_squares import admm, least_squares_to
 
@@ -80,7 +80,7 @@ def reconstruct(
     out = {run.name: _writable(params, run, new_cfg) for run in cfg.runs}
     dense = [embedded(params, jnp.asarray(b), cfg) for b in batches]
     pruned = dense  # the same list until the two streams part
-    where = [(run, i) for run in cfg.runs for i in range(run.length)]
+    where = places(cfg.runs)
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "reconstructing"):
         run, i = where[layer]
         name, dims, p = run.name, run.dims, layer_of(params, run, i)

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.models import LlamaConfig, Params, axes, embedded, sublayer
-from jaxprune.models._kinds import layer_of
+from jaxprune.models import LlamaConfig, Params, axes, embedded, layer_of, sublayer
 from jaxprune.models._mesh import on_host
+from jaxprune.models._runs import places
 from jaxprune.recovery._solve import damped
 
 DAMP = 0.01  # of the mean diagonal, as the released code
@@ -79,7 +79,7 @@ def slice_gpt(
     stream = [embedded(params, jnp.asarray(b), cfg) for b in batches]
     q = _components(stream, width, "the embedding")
     new: Params = dict(embed=_matmul(params["embed"], q))
-    where = [(run, i) for run in cfg.runs for i in range(run.length)]
+    where = places(cfg.runs)
     sliced: dict[str, dict[str, list]] = {run.name: {} for run in cfg.runs}
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "slicing"):
         run, i = where[layer]

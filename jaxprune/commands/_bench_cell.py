@@ -15,6 +15,7 @@ from jaxprune._progress import progress
 from jaxprune.commands import _devices, evaluate
 from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described
 from jaxprune.commands._common import peak_memory, say, stage
+from jaxprune.commands._sparse_result import zeros
 from jaxprune.commands.sparsify import calibrated
 from jaxprune.recovery import sparse
 from jaxprune.scorers.taylor import KINDS
@@ -45,10 +46,15 @@ class Cell(NamedTuple):
     devices: dict[str, Any]
 
 
-def ratios(method: str, asked: tuple[float, ...]) -> tuple[float, ...]:
-    """The ratios that a method is measured at: N:M is one by itself."""
-    pattern = method.removeprefix(SPARSE).partition(":")[2] if method.startswith(SPARSE) else ""
-    return (sparse.n_of_m(pattern).fraction,) if pattern else asked
+def _sparse(method: str, ratio: float) -> tuple[str, sparse.Pattern]:
+    """The method of `jaxprune sparsify` and the pattern that a method of the bench stands for."""
+    name, _, pattern = method.removeprefix(SPARSE).partition(":")
+    return name, sparse.n_of_m(pattern) if pattern else sparse.Pattern(ratio)
+
+
+def ratio_of(method: str, asked: float) -> float:
+    """The ratio that a method is measured at: N:M is one by itself."""
+    return _sparse(method, asked)[1].fraction if method.startswith(SPARSE) else asked
 
 
 def settings(method: str, ratio: float, seed: int, devices: _devices.Devices) -> pipeline.Settings | sparsify.Sparsity:
@@ -58,8 +64,8 @@ def settings(method: str, ratio: float, seed: int, devices: _devices.Devices) ->
       ValueError: there is no such method or variant, or the ratio is out of range.
     """
     if method.startswith(SPARSE):
-        name, _, pattern = method.removeprefix(SPARSE).partition(":")
-        return sparsify.Sparsity(method=name, pattern=sparse.n_of_m(pattern) if pattern else sparse.Pattern(ratio))
+        name, pattern = _sparse(method, ratio)
+        return sparsify.Sparsity(method=name, pattern=pattern)
     name, _, variant = method.partition(":")
     if ":" in method and (name != "taylor" or variant not in KINDS):
         raise ValueError(
@@ -160,13 +166,11 @@ def _sparsified(cell: Cell, how: sparsify.Sparsity, model: folder.Model) -> tupl
     params, found = sparsify.sparsify(model.params, model.cfg, batches, how, progress=progress)
     jax.block_until_ready(params)
     seconds = time.perf_counter() - begin
-    matrices = [x for run in params.values() if isinstance(run, dict) for n, x in run.items() if n in model.cfg.matrices]
-    zeros = sum(float((x == 0).mean()) * x.size for x in matrices)
     return model._replace(params=params), dict(
         seconds=seconds,
         settings=how,
         calibration=described(calibration),
         notes=tuple(dict.fromkeys(note for m in found.values() for note in m.notes)),
-        fraction_removed=zeros / model.cfg.decoder_parameters,
+        fraction_removed=zeros(model.cfg, found)[0] / model.cfg.decoder_parameters,
         relative_error=sum(m.error for m in found.values()),
     )

@@ -9,7 +9,7 @@ import numpy as np
 from jaxprune import data, folder, sparsify
 from jaxprune.commands._calibration import described
 from jaxprune.commands._common import peak_memory
-from jaxprune.models import unit_counts
+from jaxprune.models import Config, unit_counts
 from jaxprune.models.axes import MAMBA_MATRICES, MATRICES
 from jaxprune.plan import Plan
 
@@ -31,12 +31,18 @@ def by_matrix(found: dict[str, tuple[float, int]], errors: dict[str, float] | No
     return rows
 
 
+def zeros(cfg: Config, found: dict[str, sparsify.Matrix]) -> tuple[float, int]:
+    """Zeros and weights of all matrices together."""
+    weights = [sparsify.size(cfg, int(layer), n) for _, layer, n in (name.split(".") for name in found)]
+    return sum(n * m.zeros for n, m in zip(weights, found.values(), strict=True)), sum(weights)
+
+
 def summary(model: folder.Model, found: dict[str, sparsify.Matrix], seconds: dict[str, float]) -> dict[str, Any]:
     """What became of all matrices together."""
-    weights = [sparsify.size(model.cfg, int(layer), n) for _, layer, n in (name.split(".") for name in found)]
+    gone, weights = zeros(model.cfg, found)
     return {
         "matrices made sparse": len(found),
-        "zeros, of all of them": float(np.average([m.zeros for m in found.values()], weights=weights)),
+        "zeros, of all of them": gone / weights,
         "zeros, least of a matrix": min(m.zeros for m in found.values()),
         "N:M violations": sum(m.violations for m in found.values()),
         "relative error of the outputs, summed": sum(m.error for m in found.values()),

@@ -70,12 +70,8 @@ class Bench:
     def cells(self) -> dict[str, Cell]:
         """Name -> what is measured; the dense model comes first."""
         names = list(methods.METHODS) if self.methods == "all" else self.methods.split(",")
-        asked = {"dense": (None, 0.0)} | {
-            f"{name.replace(':', '-')}-{ratio}": (name, ratio)
-            for among in self.ratios
-            for name in names
-            for ratio in _bench_cell.ratios(name, (among,))
-        }
+        pairs = [(name, _bench_cell.ratio_of(name, ratio)) for ratio in self.ratios for name in names]
+        asked = {"dense": (None, 0.0)} | {f"{name.replace(':', '-')}-{ratio}": (name, ratio) for name, ratio in pairs}
         fixed = dict(
             calibration=dataclasses.asdict(self.calibration),
             evaluation=dataclasses.asdict(self.measurement),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.models import checkpoint
+from jaxprune.models._runs import places
 from jaxprune.models.config import LayerDims, LlamaConfig
 from jaxprune.models.export import hf
 from jaxprune.models.export._plain import NONE, beyond_padding, kept, sayable, uniform, widest, words
@@ -73,10 +74,7 @@ def pad(params: Params, cfg: LlamaConfig, dims: LayerDims | None = None) -> tupl
     (LayerDims(kv_heads=2, q_per_kv=2, ff=48), (2, 32, 2, 2, 8))
     """
     wide_cfg = padded_config(cfg, dims)
-    size, where = (
-        wide_cfg.sizes(max(wide_cfg.layers)),
-        {run.start + i: (run.name, i) for run in cfg.runs for i in range(run.length)},
-    )
+    size, where = wide_cfg.sizes(max(wide_cfg.layers)), places(cfg.runs)
     wide = {name: params[name] for name in cfg.top_arrays()}
     for run in wide_cfg.runs:
         arrays = {}
@@ -85,8 +83,8 @@ def pad(params: Params, cfg: LlamaConfig, dims: LayerDims | None = None) -> tupl
             out = (np.ones if name.endswith("norm") else np.zeros)(shape, params["embed"].dtype)
             for i in range(run.length):
                 old, at = where[run.start + i]
-                if name in params[old]:
-                    x = np.asarray(params[old][name][at])
+                if name in params[old.name]:
+                    x = np.asarray(params[old.name][name][at])
                     out[i][tuple(slice(n) for n in x.shape)] = x
             arrays[name] = jnp.asarray(out)
         if arrays:
