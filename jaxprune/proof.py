@@ -124,7 +124,8 @@ def _check_shapes(small_cfg: Config, want: Config) -> None:
 
 @functools.partial(jax.jit, static_argnames="cfg")
 def _logits(params, tokens, cfg, gates=None):
-    return apply(params, tokens, cfg, gates)
+    with jax.default_matmul_precision("highest"):  # GPUs and TPUs would round float32 products by more than the tolerance
+        return apply(params, tokens, cfg, gates)
 
 
 def _differences(params, cfg, small, small_cfg, plan: Plan):

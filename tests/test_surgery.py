@@ -79,6 +79,14 @@ def test_a_change_after_the_cut_is_found_and_must_be_declared():
     assert declared.exact and declared.difference < 1e-5 * declared.largest_logit
 
 
+def test_the_proof_multiplies_at_the_highest_precision_whatever_the_default_is():
+    params, cfg = model("gqa")
+    with jax.default_matmul_precision("default"):  # what a GPU rounds to TF32, by more than the tolerance
+        text = proof._logits.lower(params, TOKENS, cfg).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products and all("HIGHEST" in line for line in products)
+
+
 def test_one_bit_is_a_difference():
     params, cfg = model("gqa")
     plan = Plan(({}, {}, {}), models.unit_counts(cfg))
