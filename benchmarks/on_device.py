@@ -9,7 +9,9 @@ largest resident size of the process, Python and compiler included). `limit` is 
 matrix products in the type of the weights that the counted FLOPs of the step reach.
 
 `decode` is one token after another behind a prompt of 128, batch 1, on the model and on one with equal layers of half as many
-MLP channels and KV groups; its limit reads all weights once a token at the rate of a sum over as many bytes.
+MLP channels and KV groups; its limit reads all weights once a token at the rate of a sum over many bytes.
+
+2026-11-23, one H100, the defaults: the table of docs/on_a_pod.md.
 """
 
 import dataclasses

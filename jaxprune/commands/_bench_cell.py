@@ -48,8 +48,8 @@ class Cell(NamedTuple):
 
 def _sparse(method: str, ratio: float) -> tuple[str, sparse.Pattern]:
     """The method of `jaxprune sparsify` and the pattern that a method of the bench stands for."""
-    name, _, pattern = method.removeprefix(SPARSE).partition(":")
-    return name, sparse.n_of_m(pattern) if pattern else sparse.Pattern(ratio)
+    name, colon, pattern = method.removeprefix(SPARSE).partition(":")
+    return name, sparse.n_of_m(pattern) if colon else sparse.Pattern(ratio)
 
 
 def ratio_of(method: str, asked: float) -> float:

@@ -49,9 +49,9 @@ class Bench:
     out: Annotated[Path, flag("DIR")]
     """Folder for bench.json, bench.csv, bench.md, quality_size.png, seconds_quality.png and cells/."""
     methods: Annotated[str, flag("A,B")] = "all"
-    """Names that `jaxprune methods` lists; taylor:VARIANT is a variant of the Taylor score, as in taylor:param_second;
-    sparse:METHOD is a method of `jaxprune sparsify`, sparse:METHOD:N:M the same with N:M at its own ratio, as in
-    sparse:apt:2:4."""
+    """Names that `jaxprune methods` lists, or all for each of them; taylor:VARIANT is a variant of the Taylor score, as in
+    taylor:param_second; sparse:METHOD is a method of `jaxprune sparsify`, sparse:METHOD:N:M the same with N:M at its own ratio,
+    as in sparse:apt:2:4."""
     ratios: Annotated[tuple[float, ...], flag("R [R ...]")] = (0.2,)
     """Fractions of the parameters of all attention and MLP matrices to remove, or to set to zero."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -69,7 +69,7 @@ class Bench:
 
     def cells(self) -> dict[str, Cell]:
         """Name -> what is measured; the dense model comes first."""
-        names = list(methods.METHODS) if self.methods == "all" else self.methods.split(",")
+        names = [name for given in self.methods.split(",") for name in (methods.METHODS if given == "all" else [given])]
         pairs = [(name, _bench_cell.ratio_of(name, ratio)) for ratio in self.ratios for name in names]
         asked = {"dense": (None, 0.0)} | {f"{name.replace(':', '-')}-{ratio}": (name, ratio) for name, ratio in pairs}
         fixed = dict(

@@ -4,10 +4,13 @@ import csv
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
+from jaxprune import methods
 from jaxprune.commands import _bench_cell
+from jaxprune.commands.bench import Bench
 
 SMALL = ("--samples", 2, "--length", 16, "--window", 32, 16, "--max-tokens", 64)
 METHODS = "random,taylor,sparse:wanda:2:4"
@@ -47,6 +50,11 @@ def test_every_cell_is_measured(finished):
     assert sparse["fraction_removed"] == 0.5 and 0 < sparse["relative_error"] < 14  # of two layers' matrices
     assert sparse["metrics"]["decoder_parameters"] == dense["metrics"]["decoder_parameters"]
     assert "at most 70.0% can go" in cells["random-0.9"]["failed"] and "metrics" not in cells["taylor-0.9"]
+
+
+def test_all_stands_for_every_method_beside_others():
+    given = Bench(model="m", out=Path("out"), methods="all,sparse:apt,random", ratios=(0.2,)).cells()
+    assert [cell.method for cell in given.values()] == [None, *methods.METHODS, "sparse:apt"]
 
 
 def test_tables_and_figures(finished):
@@ -119,6 +127,7 @@ def test_ctrl_c_leaves_the_cells_that_are_there(finished, bench, tmp_path, monke
         (("--methods", "random:l2"), "methods: 'random:l2' given; only taylor has variants: taylor:param_first, "),
         (("--methods", "sparse:taylor"), "method: 'taylor' given; allowed are magnitude, wanda, sparsegpt, apt"),
         (("--methods", "sparse:apt:4:2"), "nm: '4:2' given"),
+        (("--methods", "sparse:apt:"), "nm: '' given"),
         (("--ratios", 0.2, 1.5), "ratio: 1.5 given; allowed is between 0 and 1"),
         (("--text", "nowhere.txt"), "nowhere.txt: no such file"),
         (("--calibration", "nowhere.txt"), "nowhere.txt: no such file"),
