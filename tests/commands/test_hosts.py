@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -115,6 +116,33 @@ def test_two_processes_do_what_one_does(jaxprune, uneven, tmp_path):
         [row["loss"] for row in json.loads((tmp_path / out / "losses.json").read_text())["losses"]] for out in ("two", "one")
     ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_after_a_kill_of_one_process_the_other_ends_and_both_go_on_from_the_checkpoint(jaxprune, uneven, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT)
+    training = ("--steps", 60, "--rank", 2, "--batch-size", 4, "--length", 16, "--save-every", 5)
+
+    def recover(name, *more):
+        out = ("--out", tmp_path / name, "--json", tmp_path / f"{name}.json")
+        return ["recover", uneven, "--data", tmp_path / "text.txt", *out, *training, *more]
+
+    both = recover("two", *MESH)
+    with started([[both], [both]]) as processes:
+        until = time.monotonic() + LIMIT
+        while not any(path.name.isdigit() for path in tmp_path.glob("two.training/**/*")):
+            assert time.monotonic() < until and processes[0].poll() is None, processes[0].communicate()[1]
+            time.sleep(0.05)
+        processes[0].kill()
+        said = [process.communicate(timeout=LIMIT)[1] for process in processes]
+    assert processes[1].returncode and not (tmp_path / "two").exists(), said[1]
+
+    assert "holds a checkpoint of step " in jaxprune(*recover("two")).err
+
+    (first, said), (second, _) = together(*[[[*both, "--resume"]]] * 2)
+    assert first == second == [0], said
+    assert jaxprune(*recover("one")).status == 0
+    losses = [json.loads((tmp_path / f"{name}.json").read_text())["losses"] for name in ("two", "one")]
+    np.testing.assert_allclose(*[[row["loss"] for row in rows] for rows in losses], rtol=1e-5)
 
 
 def test_what_cannot_be_is_refused_before_processes_meet(refused, dense, tmp_path):
