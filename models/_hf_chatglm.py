@@ -27,11 +27,13 @@ SIZES = dict(
     hidden_size="hidden_size",
     intermediate_size="ffn_hidden_size",
     num_attention_heads="num_attention_heads",
+    num_key_value_heads="multi_query_group_num",
     head_dim="kv_channels",
     vocab_size="padded_vocab_size",
     max_position_embeddings="seq_length",
 )  # key of GLM -> key of ChatGLM
 ALLOWED: dict[str, tuple[Any, str]] = dict(
+    multi_query_attention=(True, "its query_key_value goes head by head"),
     rmsnorm=(True, "its norms are LayerNorm"),
     post_layer_norm=(True, "it has no last norm"),
     apply_residual_connection_post_layernorm=(False, "its residual stream is normalised"),
@@ -61,10 +63,9 @@ def with_glm_keys(config: dict[str, Any]) -> dict[str, Any]:
     """
     if not is_chatglm(config):
         return config
-    _refuse(config)
+    _refuse(dict(multi_query_attention=False) | config)  # which is what a file that leaves it out means
     ratio = number(config, "rope_ratio", 1.0)
-    keys = SIZES | (dict(num_key_value_heads="multi_query_group_num") if config.get("multi_query_attention") else {})
-    sizes = {key: positive(config, theirs) for key, theirs in keys.items()}
+    sizes = {key: positive(config, theirs) for key, theirs in SIZES.items()}
     if ratio != 1.0 and sizes["vocab_size"] == VOCABULARY and "chatglm3" not in str(config.get("_name_or_path")).lower():
         raise ValueError(
             f"config.json: rope_ratio {ratio} given; ChatGLM2 divides positions by it, which is not supported, ChatGLM3 "
@@ -72,7 +73,6 @@ def with_glm_keys(config: dict[str, Any]) -> dict[str, Any]:
         )
     return {
         **config,
-        "num_key_value_heads": sizes["num_attention_heads"],
         **sizes,
         "rms_norm_eps": number(config, "layernorm_epsilon", 1e-5),
         "attention_bias": bool(config.get("add_qkv_bias")),

@@ -25,7 +25,7 @@ KINDS = {
     "chatglm3": (dict(head_dim=16), {}),
     "glm-4-9b": (dict(head_dim=8, rope_parameters=dict(rope_type="default", rope_theta=5e6, partial_rotary_factor=0.5)), {}),
     "no-biases": (dict(head_dim=16, attention_bias=False), dict(architectures=["ChatGLMForConditionalGeneration"])),
-    "all-heads": (dict(head_dim=8, num_key_value_heads=4), dict(multi_query_attention=False, multi_query_group_num=1)),
+    "all-heads": (dict(head_dim=8, num_key_value_heads=4), {}),
     "tied": (dict(head_dim=16, tie_word_embeddings=True), dict(architectures=None)),
 }
 logits = jax.jit(models.apply, static_argnames="cfg")
@@ -177,6 +177,7 @@ def test_tensors_that_do_not_fit_are_named_as_in_the_file(made):
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
+        (dict(multi_query_attention=False), "multi_query_attention False given .*head by head.* allowed is True"),
         (
             dict(rmsnorm=False),
             r"rmsnorm False given \(its norms are LayerNorm\); allowed is True; use a ChatGLM3-6B or GLM-4-9B",
@@ -212,5 +213,7 @@ def test_settings_that_chatglm_leaves_open(made):
     config = json.loads((made("chatglm3")[1] / "config.json").read_text())
     long = config | dict(rope_ratio=50, padded_vocab_size=65024, _name_or_path="THUDM/chatglm3-6b-32k")
     assert models.from_hf_config(long).rope_theta == 500000.0
+    with pytest.raises(ValueError, match="multi_query_attention False given"):
+        models.from_hf_config({k: v for k, v in config.items() if k != "multi_query_attention"})
     bare = models.from_hf_config({k: v for k, v in config.items() if k not in ("rope_ratio", "eos_token_id", "pad_token_id")})
     assert (bare.rope_theta, bare.eos_ids, bare.pad_id) == (10000.0, (), None)
