@@ -69,6 +69,7 @@ def to_chatglm(folder, **changes):
         for kind in ("weight", "bias") if config["add_qkv_bias"] else ("weight",):
             parts = [before[f"{here}self_attn.{n}_proj.{kind}"] for n in "qkv"]
             after[f"{there}self_attention.query_key_value.{kind}"] = np.concatenate(parts)
+    after.setdefault(TOP["lm_head.weight"], after[TOP["model.embed_tokens.weight"]])  # is stored, too, where it is tied
     after["transformer.rotary_pos_emb.inv_freq"] = np.ones(4, np.float32)
     save_file(after, folder / "model.safetensors")
     return folder
