@@ -47,7 +47,8 @@ class Family(NamedTuple):
       biases: key of `config.json` -> the matrices that have a bias if it is true.
       always: the matrices that always have a bias.
       says: does the class of transformers take a model whose layers have these widths, as far as the rest does not decide it?
-      names: array -> tensor below the layer, where it is not called as in LLaMA.
+      layers: what the tensors of layers are below.
+      names: array -> tensor, below the layer if it is in one, where it is not called as in LLaMA.
       fused: tensor below the layer -> the arrays that it holds, one below the other.
       interleaved: the two dimensions of a rotary pair are neighbours in the file; here they are half of `rotary_dim` apart.
     """
@@ -61,6 +62,7 @@ class Family(NamedTuple):
     biases: dict[str, tuple[str, ...]] = NONE
     always: tuple[str, ...] = ()
     says: Callable[[LlamaConfig, LayerDims], bool] = lambda cfg, dims: True
+    layers: str = "model.layers"
     names: dict[str, str] = NONE
     fused: dict[str, tuple[str, ...]] = NONE
     interleaved: bool = False

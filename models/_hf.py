@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from jaxprune.models import _hf_mamba
+from jaxprune.models import _hf_chatglm, _hf_mamba
 from jaxprune.models._families import FAMILIES, LIKE_LLAMA, OURS, REFUSED
 from jaxprune.models._family import KEYS, TRAITS, Family, beyond_llama
 from jaxprune.models._hf_kinds import kinds_of_rope, rope_by_kind
-from jaxprune.models._hf_layers import layer_to_hf, layers_from_hf, number, positive, widths
+from jaxprune.models._hf_layers import architecture, layer_to_hf, layers_from_hf, number, positive, widths
 from jaxprune.models._hf_rope import OWN_LENGTH, partial_from_hf, rope_from_hf, rope_to_hf
 from jaxprune.models._hf_traits import GONE_KEY, fixed, traits_from_hf, traits_to_hf
 from jaxprune.models.config import LayerDims, LlamaConfig
@@ -25,7 +25,7 @@ def from_hf_config(config: dict[str, Any]) -> Config:
     Reads keys of transformers 4 and 5 (`per_layer_config`, and rope in both spellings) and three of ours: `jaxprune_biases`,
     the biases that are not zero by construction, `jaxprune_gone_layers`, the positions of layers that the file leaves out, and
     `jaxprune_gone_layer_types`, what `layer_types` would say of them.
-    Files of Mamba have keys of their own, see `_hf_mamba`.
+    Files of Mamba and of ChatGLM have keys of their own, see `_hf_mamba` and `_hf_chatglm`.
     In files of `jaxprune_llama` also those of the settings of `LlamaConfig` that LLaMA does not have, as `jaxprune_qk_norm`.
 
     Raises:
@@ -39,6 +39,7 @@ def from_hf_config(config: dict[str, Any]) -> Config:
     """
     if _hf_mamba.is_mamba(config):
         return _hf_mamba.from_hf(config)
+    config = _hf_chatglm.with_glm_keys(config)
     family = _family(config)
     config = {**FAMILIES[family].defaults, **config}
     if "local_rope_theta" in FAMILIES[family].free:
@@ -159,7 +160,7 @@ def stored_biases(config: dict[str, Any]) -> tuple[str, ...]:
 
 def table_of(config: dict[str, Any]) -> Family:
     """The entry of the family of a file with this `config.json`."""
-    return FAMILIES[_family(config)]
+    return _hf_chatglm.TABLE if _hf_chatglm.is_chatglm(config) else FAMILIES[_family(config)]
 
 
 def numbering(config: dict[str, Any]) -> dict[int, int]:
@@ -170,13 +171,14 @@ def numbering(config: dict[str, Any]) -> dict[int, int]:
 
 
 def _family(config: dict[str, Any]) -> str:
-    listed = config.get("architectures")
-    named = listed[0] if isinstance(listed, list) and listed else listed or None
+    if _hf_chatglm.is_chatglm(config):
+        return "glm"
+    named = architecture(config)
     by_architecture = {table.architecture: family for family, table in FAMILIES.items()}
     family = config.get("model_type") if named is None else by_architecture.get(str(named))
     if family not in FAMILIES:
         supported = ", ".join(table.architecture for name, table in FAMILIES.items() if name != OURS)
-        supported += f", {_hf_mamba.ARCHITECTURE}"
+        supported += f", {_hf_mamba.ARCHITECTURE}, {', '.join(_hf_chatglm.ARCHITECTURES)}"
         why = f" ({REFUSED[named]})" if named in REFUSED else ""
         raise ValueError(
             f"config.json: architecture {named or config.get('model_type')!r} is not supported{why}; supported are {supported}"

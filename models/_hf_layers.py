@@ -50,6 +50,12 @@ def layer_from_hf(config: dict[str, Any], layer: dict[str, Any], i: int) -> Laye
     return LayerDims(kv_heads, heads // kv_heads, ff)
 
 
+def architecture(config: dict[str, Any]) -> str | None:
+    """The class that a `config.json` names first, if it names one."""
+    listed = config.get("architectures")
+    return listed[0] if isinstance(listed, list) and listed else listed or None
+
+
 def positive(config: dict[str, Any], key: str) -> int:
     """A positive whole number of `config.json`; raises ValueError otherwise."""
     value = config.get(key)

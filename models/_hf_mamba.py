@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from jaxprune.models._hf_layers import number, positive
+from jaxprune.models._hf_layers import architecture, number, positive
 from jaxprune.models.mamba_config import MambaConfig, MambaDims
 
 ARCHITECTURE = "MambaForCausalLM"
@@ -34,8 +34,7 @@ NAMES = dict(
 
 def is_mamba(config: dict[str, Any]) -> bool:
     """Is this the `config.json` of a Mamba-1?"""
-    listed = config.get("architectures")
-    named = listed[0] if isinstance(listed, list) and listed else listed or None
+    named = architecture(config)
     return named in (ARCHITECTURE, OURS_ARCHITECTURE) if named else config.get("model_type") in ("mamba", OURS)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxprune.models import _hf, _hf_mamba, axes
+from jaxprune.models import _hf, _hf_chatglm, _hf_mamba, axes
 from jaxprune.models._layout import ROTATED, WHOLE, Rows, Source, file_shape, halves
 from jaxprune.models._stored import Stored
 from jaxprune.models.mamba_config import MambaConfig
@@ -47,7 +47,7 @@ def tensor_names(config: dict[str, Any]) -> Callable[[str, int | None], str]:
     own |= {name: f"{fused}[{name}]" for fused, names in table.fused.items() for name in names}
 
     def name(array: str, layer: int | None) -> str:
-        return own[array] if layer is None else f"model.layers.{numbers[layer]}.{own.get(array, array)}"
+        return own[array] if layer is None else f"{table.layers}.{numbers[layer]}.{own.get(array, array)}"
 
     return name
 
@@ -72,7 +72,7 @@ def open_folder(folder: Path) -> Source:
     """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: no config.json; a checkpoint folder holds config.json and model.safetensors")
-    config = read_json(folder / "config.json")
+    config = _hf_chatglm.with_glm_keys(read_json(folder / "config.json"))
     cfg = _hf.from_hf_config(config)
     found: dict[str, _Place] = {}
     for file in _files(folder):
@@ -106,15 +106,16 @@ def open_folder(folder: Path) -> Source:
             raise ValueError(
                 f"{folder}: tensor {name} is not zero, but {_hf.BIASES_KEY} in config.json leaves it out; remove that key"
             )
-    tied = (NAMES["head"],) if cfg.tie_embeddings else ()
+    name_of = tensor_names(config)
+    tied = (name_of("head", None),) if cfg.tie_embeddings else ()
     return Source(
         where=str(folder),
         cfg=cfg,
         dtype=np.result_type(*{place.dtype for place in found.values()}),
         shapes={name: place.shape for name, place in found.items()},
-        name=tensor_names(config),
+        name=name_of,
         read=read,
-        spare=lambda name: name.endswith(("rotary_emb.inv_freq", *absent, *tied)),
+        spare=lambda name: name.endswith(("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq", *absent, *tied)),
     )
 
 
@@ -123,10 +124,10 @@ def _take_apart(found: dict[str, _Place], cfg: Config, config: dict[str, Any], w
     if isinstance(cfg, MambaConfig):
         return
     name, table = tensor_names(config), _hf.table_of(config)
-    for layer, number in _hf.numbering(config).items():
+    for layer in _hf.numbering(config):
         size, letters = cfg.sizes(cfg.layers[layer]), cfg.layer_arrays(cfg.layers[layer])
         for fused, arrays in table.fused.items():
-            whole = found.get(stored := f"model.layers.{number}.{fused}")
+            whole = found.get(stored := name(fused, layer))
             if whole is None or arrays[0] not in letters:
                 continue
             shapes = [file_shape(n, tuple(size[a] for a in letters[n])) for n in arrays]

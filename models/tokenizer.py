@@ -21,7 +21,7 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
       source: see `resolve`.
 
     Raises:
-      FileNotFoundError: the folder has neither file.
+      FileNotFoundError: the folder has neither file, or ChatGLM's, which only its own code reads.
       ValueError: a file that cannot be read, or a kind of tokenizer that is not supported.
     """
     path = resolve(source)
@@ -34,6 +34,16 @@ def load_tokenizer(source: str | Path) -> "PreTrainedTokenizerFast":
         if not {"model", "added_tokens"} <= read_json(file).keys():
             raise ValueError(f"{file}: not a tokenizer of the library tokenizers; copy or download it again")
         return PreTrainedTokenizerFast.from_pretrained(path)
+    if (named := _class_of(path)).startswith("ChatGLM"):
+        raise FileNotFoundError(
+            f"{path}: no tokenizer.json, and {named} is Python code of the checkpoint, which is not run here; copy the "
+            "tokenizer.json of the same vocabulary into the folder, or give token ids as FILE.npy instead of text"
+        )
     if (path / "tokenizer.model").is_file():
         return _gguf_tokenizer.assemble(_gguf_tokenizer.from_sentencepiece(path))
     raise FileNotFoundError(f"{path}: no tokenizer.json and no tokenizer.model; copy the tokenizer's files into the folder")
+
+
+def _class_of(folder: Path) -> str:
+    file = folder / "tokenizer_config.json"
+    return str(read_json(file).get("tokenizer_class")) if file.is_file() else ""
