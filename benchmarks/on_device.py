@@ -1,6 +1,6 @@
 """What `jaxprune size` foretells against what a step really takes on the device at hand: memory, and time against its limits.
 
-    python benchmarks/on_device.py [--model llama-7b] [--batch 8] [--length 1024] [--repeats 3] [--json FILE]
+    python benchmarks/on_device.py [--model smollm2] [--batch 2] [--length 256] [--repeats 3] [--json FILE]
 
 Weights are random. Each step is compiled twice: for a simulated CPU, as `jaxprune size` does without the accelerator
 (`foretold`), and for the device (`compiled`: arguments, temporaries and output by its compiler); then it runs in a new process
@@ -11,7 +11,7 @@ matrix products in the type of the weights that the counted FLOPs of the step re
 `decode` is one token after another behind a prompt of 128, batch 1, on the model and on one with equal layers of half as many
 MLP channels and KV groups; its limit reads all weights once a token at the rate of a sum over many bytes.
 
-2026-11-23, one H100, the defaults: the table of docs/on_a_pod.md.
+2026-11-23, one H100, `--model llama-7b --batch 8 --length 1024`: the tables of docs/on_a_pod.md.
 """
 
 import dataclasses
@@ -43,11 +43,11 @@ STEPS = (  # stage, method, layers at once
 class Args:
     """Compares memory and time of steps with what was foretold."""
 
-    model: str = "llama-7b"
+    model: str = "smollm2"
     """Shapes of the model, as in `jaxprune size --model-config`."""
-    batch: int = 8
+    batch: int = 2
     """Sequences in a step; statistics of layers at once take one."""
-    length: int = 1024
+    length: int = 256
     """Tokens in a sequence."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of the weights."""
