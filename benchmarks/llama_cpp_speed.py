@@ -7,16 +7,16 @@ The model is pruned as `jaxprune prune --method taylor --multiple-of 32` does (l
 read and run by llama.cpp in a process of its own, all of them in turn; medians. `prefill` reads a prompt of random tokens,
 `decode` writes one token after another behind it, greedy.
 
-2026-11-22, 2 cores that other programs used as well (load 17 to 21), `--threads 1 --prompt 128 --new-tokens 32 --repeats 3`:
+2026-11-23, 2 cores without other programs, `--threads 1 --prompt 128 --new-tokens 32 --repeats 9`:
 
     type  model       MB       size   prefill, tokens/s  speedup  decode, tokens/s  speedup
     ----  ----------  -------  -----  -----------------  -------  ----------------  --------
-    f16   dense       270.900  1.000  151.154            1.000    50.263            1.000
-    f16   pruned 0.2  227.800  0.841  228.613            1.512    76.113            1.514
-    f16   pruned 0.5  163.600  0.604  332.192            2.198    102.827           2.046
-    q8_0  dense       144.800  1.000  276.883            1.000    74.753            1.000
-    q8_0  pruned 0.2  121.900  0.842  360.979            1.304    103.926           1.390
-    q8_0  pruned 0.5  87.800   0.606  536.248            1.937    113.674           1.521
+    f16   dense       270.900  1.000  142.873            1.000    60.352            1.000
+    f16   pruned 0.2  227.800  0.841  175.138            1.226    60.313            0.999
+    f16   pruned 0.5  163.600  0.604  269.453            1.886    81.226            1.346
+    q8_0  dense       144.800  1.000  306.836            1.000    70.051            1.000
+    q8_0  pruned 0.2  121.900  0.842  329.157            1.073    77.591            1.108
+    q8_0  pruned 0.5  87.800   0.606  601.164            1.959    106.157           1.515
 """
 
 import dataclasses
