@@ -1,6 +1,7 @@
 """What the benchmarks share: fresh processes, alternating repetitions, peak memory, tables."""
 
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -13,10 +14,13 @@ from typing import Any, NamedTuple
 MIB = 2**20
 
 
-def in_new_process(file: str, *arguments: Any) -> Any:
-    """Runs a Python file and returns the last line that it prints, which is JSON. What it says on stderr passes through."""
+def in_new_process(file: str, *arguments: Any, **environment: str) -> Any:
+    """Runs a Python file and returns the last line that it prints, which is JSON. What it says on stderr passes through.
+
+    The process has the variables of `environment` beside those of this one.
+    """
     command = [sys.executable, file, *map(str, arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: exit status {done.returncode}")
     return json.loads(done.stdout.splitlines()[-1])

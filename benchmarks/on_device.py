@@ -18,7 +18,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import statistics
 import sys
 from pathlib import Path
@@ -29,14 +28,14 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-STEPS = (  # stage, method, layers at once
-    ("forward", "", None),
-    ("score", "taylor", None),
-    ("score", "fisher", None),
-    ("score", "kfac-obs", 4),
-    ("reconstruct", "", None),
-    ("recover", "", None),
-)
+STEPS = {  # name -> what differs from one update of Taylor scores
+    "forward": dict(stage="forward"),
+    "score taylor": {},
+    "score fisher": dict(method="fisher"),
+    "score kfac-obs, 4 layers at once": dict(method="kfac-obs", layers_at_once=4, batch=1),
+    "reconstruct": dict(stage="reconstruct"),
+    "recover": dict(stage="recover"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,9 +114,8 @@ def _spread(shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def _peak() -> int:
-
-    statistics_of = jax.devices()[0].memory_stats()
-    return _common.peak_memory() if statistics_of is None else statistics_of["peak_bytes_in_use"]
+    counted = jax.devices()[0].memory_stats()
+    return _common.peak_memory() if counted is None else counted["peak_bytes_in_use"]
 
 
 def limits(step: dict[str, Any]) -> dict[str, float]:
@@ -152,12 +150,7 @@ def decode(step: dict[str, Any]) -> dict[str, Any]:
 
 def here(program: str, step: dict[str, Any], **environment: str) -> Any:
     """Runs a function of this file in a new process."""
-    os.environ.update(environment)
-    try:
-        return _common.in_new_process(__file__, "--run", program, json.dumps(step))
-    finally:
-        for name in environment:
-            del os.environ[name]
+    return _common.in_new_process(__file__, "--run", program, json.dumps(step), **environment)
 
 
 def main(args: Args) -> None:
@@ -165,15 +158,14 @@ def main(args: Args) -> None:
     shared = dict(model=args.model, dtype=args.dtype, repeats=args.repeats, length=args.length, new_tokens=args.new_tokens)
     limit = here("limits", shared)
     rows: list[dict[str, Any]] = []
-    for stage, method, layers in STEPS:
-        batch = 1 if layers else args.batch
-        step = shared | dict(stage=stage, method=method or "taylor", layers_at_once=layers, batch=batch)
+    for name, own in STEPS.items():
+        step: dict[str, Any] = shared | dict(stage="score", method="taylor", layers_at_once=None, batch=args.batch) | own
         foretold = here("foretell", step, JAX_PLATFORMS="cpu")
         found = here("measure", step)
         rows.append(
             {
-                "step": f"{stage} {method}" + (f", {layers} layers at once" if layers else ""),
-                "tokens": f"{batch} x {args.length}",
+                "step": name,
+                "tokens": f"{step['batch']} x {args.length}",
                 "weights, GiB": foretold["weights"] / 2**30,
                 "foretold": foretold["total"] / 2**30,
                 "compiled": found["compiled"] / 2**30,

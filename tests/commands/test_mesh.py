@@ -1,5 +1,6 @@
 """`--mesh` on the command line: the same folders and numbers as on one device."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -65,7 +66,8 @@ def test_generate_and_verify(jaxprune, small, model):
     for command in (("generate", small, "--prompt", "once", "--max-new-tokens", 8), ("verify", model, small)):
         one, mesh = (jaxprune(*command, *flags) for flags in ((), ("--mesh", "data=2,fsdp=2,tensor=2")))
         assert one.status == mesh.status == 0, mesh.err
-        texts = [re.sub(r".*(seconds|logit|tolerance|---).*", "", done.out) for done in (one, mesh)]
+        texts = [re.sub(r".*(seconds|logit|tolerance).*", "", done.out) for done in (one, mesh)]
+        texts = [re.sub("-+", "-", text) for text in texts]  # a rule is as long as the numbers that are left out
         assert texts[0] == texts[1]
 
 
@@ -76,13 +78,12 @@ def test_sparsify(jaxprune, model, tmp_path):
     for name, mesh in dict(one=(), mesh=("--mesh", "data=2,fsdp=2,tensor=2")).items():
         out = tmp_path / name
         done = jaxprune(
-            "sparsify", model, "--out", out, "--nm", "2:4", "--method", "sparsegpt", "--samples", 8, "--length", 16, *mesh
+            "sparsify", model, "--out", out, "--nm", "2:4", "--method", "sparsegpt", "--samples", 16, "--length", 16, *mesh
         )
         assert done.status == 0, done.err
         found[name] = models.load(out)[0]
-    # Rounding may turn a tie of two weights in a row, and what is to its right in that row.
-    equal = jax.tree.map(lambda x, y: np.isclose(x, y, rtol=1e-4, atol=1e-5).mean(), found["mesh"], found["one"])
-    assert min(jax.tree.leaves(equal)) > 0.99
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, found["mesh"], found["one"])
     assert (found["mesh"]["run_0"]["down"] == 0).mean() >= 0.5
 
 
