@@ -95,7 +95,10 @@ def test_the_command(capsys, tmp_path):
         "--model-config", str(file), "--mesh", "tensor=3", "--stage", "forward", "--batch", "1", "--length", "9"
     )
     assert status == 0 and "v5e" in out and "note: layer 5: 40 MLP channels do not divide by tensor=3" in err
+    assert run("--model-config", str(tmp_path), "--stage", "forward", "--batch", "1", "--length", "9")[0] == 0  # its folder
+    (tmp_path / "empty").mkdir()
     for words, message in {
+        ("--model-config", str(tmp_path / "empty")): "name a config.json, a folder or one of llama-7b",
         ("--model-config", "llama-9b"): "name a config.json, a folder or one of llama-7b",
         ("--model-config", str(file), "--mesh", "data=99"): "takes 99 devices; there are 8",
         ("--model-config", str(file), "--method", "slicegpt"): "has no scores",

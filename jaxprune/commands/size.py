@@ -13,7 +13,7 @@ from jaxprune import methods, models, sharding, sizing
 from jaxprune._accelerators import ACCELERATORS, USABLE
 from jaxprune.commands._common import Output, flag, say, stage
 from jaxprune.commands._compute import Compute
-from jaxprune.models import LayerDims, LlamaConfig, checkpoint
+from jaxprune.models import LayerDims, LlamaConfig
 from jaxprune.models._safetensors import read_json
 from jaxprune.models.mamba_config import only_llama
 
@@ -79,7 +79,7 @@ def run(args: Size) -> dict[str, Any]:
         )
     parts = dict(weights=found.weights, temporaries=found.temporaries, output=found.output)
     parts["other arguments"] = found.arguments + found.beside - found.weights
-    received = sum(found.work.collectives.values())
+    received = sum(found.work.collectives.values(), 0.0)
     return {
         "parameters": models.count_parameters(cfg),
         "devices": mesh.size,
@@ -118,11 +118,10 @@ def config(given: str) -> LlamaConfig:
     """
     if given in MODELS:
         return MODELS[given]
-    if Path(given).is_dir():
-        return only_llama(checkpoint.read_config(given), "size")
-    if not Path(given).is_file():
+    file = Path(given) / "config.json" if Path(given).is_dir() else Path(given)
+    if not file.is_file():
         raise FileNotFoundError(f"model_config: {given} given; name a config.json, a folder or one of {', '.join(MODELS)}")
-    return only_llama(models.from_hf_config(read_json(Path(given))), "size")
+    return only_llama(models.from_hf_config(read_json(file)), "size")
 
 
 def simulate(n: int) -> None:
