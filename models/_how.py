@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import jax
 
 ATTENTION = dict(blocks=None, xla=None, cudnn="gpu", splash="tpu")  # -> the platform that it needs
-REMAT = ("nothing_saveable", "dots_with_no_batch_dims_saveable", "dots_saveable", "everything_saveable")
+OFFLOAD = "offload"
+REMAT = ("nothing_saveable", "dots_with_no_batch_dims_saveable", "dots_saveable", "everything_saveable", OFFLOAD)
+LAYER_INPUT = "layer_input"  # the name of what `offload` keeps
 
 
 class How(NamedTuple):
@@ -27,7 +29,16 @@ def how() -> How:
 
 def rematerialised(f: Callable[..., Any]) -> Callable[..., Any]:
     """`jax.checkpoint` with the policy that is set."""
-    return jax.checkpoint(f, policy=getattr(jax.checkpoint_policies, how().remat))
+    return jax.checkpoint(f, policy=_offload() if how().remat == OFFLOAD else getattr(jax.checkpoint_policies, how().remat))
+
+
+def _offload() -> Callable[..., Any]:
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 def computing(*, attention: str = How().attention, remat: str = How().remat) -> AbstractContextManager[Any]:
@@ -46,7 +57,8 @@ def computing(*, attention: str = How().attention, remat: str = How().remat) -> 
       attention: see above.
       remat: what a layer that is recomputed in the backward pass keeps nevertheless, a policy of `jax.checkpoint_policies`:
         `nothing_saveable`, `dots_with_no_batch_dims_saveable` (products with weights), `dots_saveable` (all products) or
-        `everything_saveable`.
+        `everything_saveable`; or `offload`, which keeps nothing and has the layers' inputs, which the others leave on the
+        device, wait in the host's memory (`save_and_offload_only_these_names`).
 
     Raises:
       ValueError: an unknown name, or an attention that the default device cannot run.

@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxprune.models import _taps
-from jaxprune.models._how import rematerialised
+from jaxprune.models._how import LAYER_INPUT, rematerialised
 from jaxprune.models._kinds import told
 from jaxprune.models._mesh import by_sequence, from_parts, in_parts
 from jaxprune.models.config import Run
@@ -35,7 +36,8 @@ def through(
             continue
 
         def layer(x, z):
-            return _layer(z[0], by_sequence(x), block, z[1], microbatch, axis_name), None
+            x = checkpoint_name(by_sequence(x), LAYER_INPUT)
+            return _layer(z[0], x, block, z[1], microbatch, axis_name), None
 
         for first, last, stacked in _alike(probes, run):
             x = over_layers(layer, x, arrays, stacked, first, last, remat=remat)[0]

@@ -26,10 +26,11 @@ class Compute:
     attention: Literal["blocks", "xla", "cudnn", "splash"] = "blocks"
     """Of whole sequences. blocks: ours. xla, cudnn: jax.nn.dot_product_attention, cudnn on NVIDIA GPUs in bfloat16. splash: the
     Pallas kernel for TPUs."""
-    remat: Literal["nothing_saveable", "dots_with_no_batch_dims_saveable", "dots_saveable", "everything_saveable"] = (
-        "nothing_saveable"
-    )
-    """What a layer keeps for the backward pass beside its input, a policy of jax.checkpoint_policies."""
+    remat: Literal[
+        "nothing_saveable", "dots_with_no_batch_dims_saveable", "dots_saveable", "everything_saveable", "offload"
+    ] = "nothing_saveable"
+    """What a layer keeps for the backward pass beside its input, a policy of jax.checkpoint_policies. offload: nothing, and
+    the inputs wait in the host's memory."""
     compilation_cache: Annotated[Path | None, flag("DIR", "none, or JAX_COMPILATION_CACHE_DIR")] = None
     """Keep programs that took a second or more to compile in this folder, for later processes."""
 

@@ -1,5 +1,8 @@
 """Ways of computing layers: the library functions give what our own attention gives, and policies change no gradient."""
 
+import re
+from contextlib import nullcontext
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -47,6 +50,27 @@ def test_policies_keep_what_they_name(tiny):
     policies = ("nothing_saveable", "dots_with_no_batch_dims_saveable", "dots_saveable", "everything_saveable")
     sizes = [kept(policy) for policy in policies]
     assert sizes == sorted(set(sizes))
+
+
+@pytest.mark.parametrize("mesh", [None, "data=2,fsdp=2,tensor=2"])
+def test_offloaded_inputs_of_layers_wait_on_the_host_and_change_no_gradient(tiny, mesh):
+    from jaxprune import sharding
+
+    def gradient(params):
+        return jax.grad(lambda p: models.loss_fn(tiny.cfg)(p, {}, tiny.tokens).sum())(params)
+
+    def stacked():
+        """Where the scan over layers of the first run leaves their residual streams: on the device or on the host."""
+        (b, t), n = tiny.tokens.shape, tiny.cfg.runs[0].length
+        scans = [line for line in str(jax.make_jaxpr(gradient)(tiny.params)).split("\n") if "= scan[" in line]
+        found = re.findall(rf"f32(<host>)?\[{n},{b},{t - 1},{tiny.cfg.d}\]", "".join(scans))
+        return [where for where in ("", "<host>") if where in found]
+
+    assert stacked() == [""]
+    expected = jax.jit(gradient)(tiny.params)
+    with models.computing(remat="offload"), jax.set_mesh(sharding.mesh_of(mesh)) if mesh else nullcontext():
+        assert stacked() == ["<host>"]
+        chex.assert_trees_all_close(jax.jit(gradient)(tiny.params), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("window", "mesh"), [(None, None), (5, "data=2,tensor=2"), (None, "tensor=4")])
