@@ -10,7 +10,16 @@ from jaxprune.models import axes
 from jaxprune.models._runs import Run, runs_of
 from jaxprune.models.config import LlamaConfig
 
-COMMANDS = ("prune", "sparsify", "verify", "inspect", "export --check", "evaluate --text", "generate")  # that know Mamba
+COMMANDS = (
+    "prune",
+    "sparsify",
+    "recover",
+    "verify",
+    "inspect",
+    "export --check",
+    "evaluate --text",
+    "generate",
+)  # that know Mamba
 BIASES = ((), ("conv1d",), ("in_proj", "out_proj"), ("in_proj", "conv1d", "out_proj"))
 
 

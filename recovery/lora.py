@@ -18,15 +18,16 @@ from jaxprune import models
 from jaxprune.models import axes
 
 Adapter: TypeAlias = dict[str, dict[str, Float[Array, "..."]]]
+RANK = "z"  # the letter of the bottleneck, which the axes table leaves free
 
 
 def init(
     key: jax.Array,
     params: models.Params,
-    cfg: models.LlamaConfig,
+    cfg: models.Config,
     *,
     rank: int = 8,
-    targets: Sequence[str] = axes.MATRICES,
+    targets: Sequence[str] | None = None,
     dtype: Any = jnp.float32,
 ) -> Adapter:
     """Adapters that change nothing yet: `a` uniform on +-1/sqrt(number of inputs), `b` zero.
@@ -36,7 +37,7 @@ def init(
       params: the model's parameters, or their shapes (`models.shapes(cfg)`).
       cfg: what `params` was made with.
       rank: width r of the bottleneck.
-      targets: matrices that get an adapter, in every layer that has them.
+      targets: matrices that get an adapter, in every layer that has them; None is all, `cfg.matrices`.
       dtype: of the adapter; float32 also for a bfloat16 model, since small updates vanish in bfloat16.
 
     Returns:
@@ -57,13 +58,14 @@ def init(
     """
     if rank < 1:
         raise ValueError(f"rank: {rank} given; a low-rank adapter needs at least 1 (LLM-Pruner uses 8)")
-    unknown = [name for name in targets if name not in axes.MATRICES]
+    targets = cfg.matrices if targets is None else targets
+    unknown = [name for name in targets if name not in cfg.matrices]
     if unknown or not targets:
-        raise ValueError(f"targets: {unknown or 'none'} given; choose from {', '.join(axes.MATRICES)}")
+        raise ValueError(f"targets: {unknown or 'none'} given; choose from {', '.join(cfg.matrices)}")
     chex.assert_trees_all_equal_shapes(params, models.shapes(cfg))
     shapes = {}
     for run in cfg.runs:
-        size = cfg.sizes(run.dims) | dict(r=rank)
+        size = cfg.sizes(run.dims) | {RANK: rank}
         for name in targets:
             if name in params.get(run.name, {}):
                 shapes[run.name, name] = [(run.length, *(size[x] for x in letters)) for letters in _factors(name)]
@@ -89,7 +91,7 @@ def _uniform(key: jax.Array, shapes: tuple[tuple[int, ...], ...], dtype: Any) ->
 def _factors(name: str) -> tuple[str, str]:
     """The axes of `a` and `b` for the matrix `name`, layer axis left out."""
     inputs = axes.INPUT[name]
-    return inputs + "r", "r" + axes.LAYER[name].replace(inputs, "")
+    return inputs + RANK, RANK + axes.LAYER[name].replace(inputs, "")
 
 
 def overlay(params: models.Params, adapter: Adapter, *, alpha: float | int, sparse: bool = False) -> models.Params:
@@ -141,10 +143,9 @@ def merge(
     add = _add_donated if donate else _add
     for run, arrays in adapter.items():
         out[run] = dict(params[run])
-        for name in axes.MATRICES:
-            if f"{name}_a" in arrays:
-                a, b = arrays[f"{name}_a"], arrays[f"{name}_b"]
-                out[run][name] = add(name, sparse, out[run][name], a, b, alpha / a.shape[-1])
+        for name in (place.removesuffix("_a") for place in arrays if place.endswith("_a")):
+            a, b = arrays[f"{name}_a"], arrays[f"{name}_b"]
+            out[run][name] = add(name, sparse, out[run][name], a, b, alpha / a.shape[-1])
     return out
 
 

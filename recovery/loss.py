@@ -40,7 +40,7 @@ def assemble(params: models.Params, adapter: Any, alpha: float | int | None, spa
 
 def _in_place_of(sparse: bool, path: Any, x: jax.Array, w: jax.Array) -> jax.Array:
     x = x.astype(w.dtype)
-    return jnp.where(w != 0, x, 0) if sparse and path[-1].key in axes.MATRICES else x
+    return jnp.where(w != 0, x, 0) if sparse and path[-1].key in (*axes.MATRICES, *axes.MAMBA_MATRICES) else x
 
 
 def weighted_mean(losses: Float[Array, "b t"], weights: Float[Array, "b t"]) -> tuple[Float[Array, ""], Float[Array, ""]]:
@@ -50,7 +50,7 @@ def weighted_mean(losses: Float[Array, "b t"], weights: Float[Array, "b t"]) -> 
 
 
 def lm_loss(
-    cfg: models.LlamaConfig, *, alpha: float | int | None, sparse: bool = False, remat: bool = True, chunk: int = 256
+    cfg: models.Config, *, alpha: float | int | None, sparse: bool = False, remat: bool = True, chunk: int = 256
 ) -> AdapterLoss:
     """The weighted mean of next-token cross-entropies in nats: sum_i w_i nll_i / sum_i w_i, over the batch.
 

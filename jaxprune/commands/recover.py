@@ -17,7 +17,6 @@ from jaxprune.commands import _devices, _distillation
 from jaxprune.commands._common import ModelName, Output, check_tokens, flag, peak_memory, say, stage
 from jaxprune.commands._compute import Compute
 from jaxprune.commands._distillation import Distillation
-from jaxprune.models import axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +84,7 @@ def run(args: Recover) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     with _hosts.output_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
-            model = _devices.load(args.devices, args.model, args.dtype)
+            model = _devices.load_any(args.devices, args.model, args.dtype)
             teacher = _distillation.load(args.distillation, args.dtype, args.devices)
         with stage("reading training data", seconds), _hosts.alike():
             training = data.training_batches(
@@ -221,6 +220,6 @@ def _update(args: Recover, model: folder.Model, training: data.TrainingData, los
     everything = list(dict.fromkeys(path[-1].key for path, _ in paths))
     by = "distillation" if args.distillation.distill else "LoRA" if args.train == "lora" else "training"
     return dict(
-        by=by, arrays=list(axes.MATRICES) if args.train == "lora" else everything, settings=flags, data=training.source,
+        by=by, arrays=list(model.cfg.matrices) if args.train == "lora" else everything, settings=flags, data=training.source,
         sha256=training.sha256, losses=[float(x) for x in losses],
     )  # fmt: skip

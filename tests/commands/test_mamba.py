@@ -67,6 +67,25 @@ def test_pruned_verified_inspected_evaluated_and_continued(made, jaxprune, tmp_p
     assert jaxprune("generate", small, "--prompt", "a", "--max-new-tokens", 2).status == 0
 
 
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_recovery_learns_and_keeps_zeros(made, jaxprune, tmp_path, train):
+    sparse, better = tmp_path / "sparse", tmp_path / "better"
+    assert jaxprune("sparsify", made, "--out", sparse, "--method", "wanda", "--sparsity", 0.5, *FLAGS).status == 0
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 200)
+    training = ("--data", tmp_path / "text.txt", "--steps", 6, "--batch-size", 4, "--length", 32, "--learning-rate", 0.01)
+    done = jaxprune("recover", sparse, "--out", better, *training, "--train", train, "--json", tmp_path / "r.json")
+    assert done.status == 0, done
+    losses = [row["loss"] for row in result(tmp_path / "r.json")["losses"]]
+    assert losses[-1] < losses[0] - 0.1
+    before, after = (folder.load_any(str(path)).params["run_0"] for path in (sparse, better))
+    for name in ("in_proj", "x_proj", "dt_proj", "out_proj"):
+        np.testing.assert_array_equal(before[name] == 0, after[name] == 0)
+        assert (before[name] != after[name]).any()
+    same = (before["A_log"] == after["A_log"]).all() and (before["conv1d"] == after["conv1d"]).all()
+    assert same == (train == "lora")
+    assert jaxprune("verify", made, better, "--length", 16).status == 0
+
+
 def test_uneven_widths_are_announced(made, jaxprune, tmp_path):
     small = tmp_path / "small"
     done = jaxprune("prune", made, "--out", small, "--method", "magnitude", "--ranking", "global", "--multiple-of", 1)
@@ -81,7 +100,8 @@ def test_uneven_widths_are_announced(made, jaxprune, tmp_path):
     "words",
     [
         ("run", "MODEL", "--out", "OUT"),
-        ("recover", "MODEL", "--out", "OUT", "--data", "builtin"),
+        ("recover", "MODEL", "--out", "OUT", "--data", "builtin", "--mesh", "data=2"),
+        ("recover", "MODEL", "--out", "OUT", "--data", "builtin", "--distill", "MODEL"),
         ("search", "MODEL", "--out", "OUT"),
         ("bench", "MODEL", "--out", "OUT"),
         ("export", "MODEL", "--to", "gguf", "--out", "OUT.gguf"),
@@ -96,7 +116,7 @@ def test_other_commands_say_what_there_is(made, refused, tmp_path, words):
     places = dict(MODEL=made, OUT=tmp_path / "out", QUESTIONS=tmp_path / "q.jsonl")
     places["OUT.gguf"] = tmp_path / "out.gguf"
     line = refused(*(places.get(word, word) for word in words))
-    assert "MambaForCausalLM" in line and "sparsify, verify, inspect" in line
+    assert "MambaForCausalLM" in line and "sparsify, recover, verify, inspect" in line
 
 
 @pytest.mark.parametrize(
