@@ -11,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxprune.models import Config, Params
 from jaxprune.models._layout import Place
 from jaxprune.models._mesh import SEQUENCES
-from jaxprune.models.mamba_config import only_llama
 from jaxprune.sharding import AXES, on_mesh, place, shardings
 
 
@@ -25,13 +24,13 @@ def home(params: Params) -> Mesh | None:
 def like(params: Params, cfg: Config) -> Place:
     """Puts arrays of the model `cfg` on the mesh of `params`; on the default device if they lie on none."""
     mesh = home(params)
-    return (lambda _, x: jnp.asarray(x)) if mesh is None else place(only_llama(cfg, "mesh"), mesh)
+    return (lambda _, x: jnp.asarray(x)) if mesh is None else place(cfg, mesh)
 
 
 def moved(params: Params, cfg: Config, beside: Params) -> Params:
     """The parameters of the model `cfg`, on the mesh that the parameters `beside` lie on."""
     mesh = home(beside)
-    return params if mesh is None else jax.device_put(params, shardings(only_llama(cfg, "mesh"), mesh))
+    return params if mesh is None else jax.device_put(params, shardings(cfg, mesh))
 
 
 def shares(params: Params) -> int:

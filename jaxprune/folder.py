@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,6 @@ from jaxprune._json import write_json
 from jaxprune.models import Config, Params
 from jaxprune.models import checkpoint as checkpoints
 from jaxprune.models import tokenizer as tokenizers
-from jaxprune.models._layout import Place, Source
 from jaxprune.models._safetensors import read_json
 from jaxprune.models.mamba_config import only_llama
 from jaxprune.plan import Plan
@@ -45,10 +45,17 @@ class Model(NamedTuple):
     record: dict[str, Any] | None
 
 
-def load(
-    source: str, dtype: str | None = None, *, needs_tokenizer: bool = True, mesh: Mesh | None = None, strict: bool = False
-) -> Model:
-    """Loads a LLaMA-family model, its tokenizer and its record.
+def load(source: str, dtype: str | None = None, **options: Any) -> Model:
+    """Loads a LLaMA-family model; arguments and errors as of `load_any`, and others are refused before anything is read.
+
+    Raises:
+      ValueError: it is of another family.
+    """
+    return _load(source, dtype, only_llama, **options)
+
+
+def load_any(source: str, dtype: str | None = None, **options: Any) -> Model:
+    """Loads a model of any architecture, its tokenizer and its record.
 
     Args:
       source: a folder, a `.gguf` file, `smollm2`, or a name on the Hugging Face hub.
@@ -60,23 +67,22 @@ def load(
     Raises:
       FileNotFoundError, ValueError: there is no such model, or it is damaged or not supported.
     """
-    path = checkpoints.resolve(source)
-    found = checkpoints.opened(path)
-    cfg = only_llama(found.cfg, str(source))
-    place = None if mesh is None else sharding.place(cfg, mesh, strict=strict)
-    return _read(source, path, found, cfg, dtype, needs_tokenizer, place)
+    return _load(source, dtype, lambda cfg, _: cfg, **options)
 
 
-def load_any(source: str, dtype: str | None = None, *, needs_tokenizer: bool = True) -> Model:
-    """Loads a model of any architecture; arguments and errors as of `load`."""
-    path = checkpoints.resolve(source)
-    found = checkpoints.opened(path)
-    return _read(source, path, found, found.cfg, dtype, needs_tokenizer, None)
-
-
-def _read(
-    source: str, path: Path, found: Source, cfg: Any, dtype: str | None, needs_tokenizer: bool, place: Place | None
+def _load(
+    source: str,
+    dtype: str | None,
+    admitted: Callable[[Config, str], Config],
+    *,
+    needs_tokenizer: bool = True,
+    mesh: Mesh | None = None,
+    strict: bool = False,
 ) -> Model:
+    path = checkpoints.resolve(source)
+    found = checkpoints.opened(path)
+    cfg = admitted(found.cfg, str(source))
+    place = None if mesh is None else sharding.place(cfg, mesh, strict=strict)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} given; allowed are {', '.join(DTYPES)}")
     record = read_record(path)

@@ -3,7 +3,7 @@
 ==========  ===============================================================================================
 `data`      the sequences alone: each of its devices has all weights
 `fsdp`      the sequences, and the residual width of every matrix: a layer is gathered when its turn comes
-`tensor`    KV groups, MLP channels and the vocabulary
+`tensor`    KV groups, MLP channels, inner channels of Mamba and the vocabulary
 ==========  ===============================================================================================
 
 The rows of the embedding are spread over `fsdp`, too: they are looked up where they lie. A mesh always has these three axes
@@ -19,12 +19,13 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxprune.models import LlamaConfig, axes, shapes
+from jaxprune.models import Config, axes, shapes
 from jaxprune.models._layout import Place
 
 AXES = ("data", "fsdp", "tensor")
-RULES = dict(d=("fsdp",), k=("tensor",), f=("tensor",), v=("tensor",))  # axis letter -> axes of the mesh
+RULES = dict(d=("fsdp",), k=("tensor",), f=("tensor",), i=("tensor",), v=("tensor",))  # axis letter -> axes of the mesh
 EMBEDDING = dict(v=("tensor", "fsdp"))
+UNITS = dict(k="KV groups", f="MLP channels", i="inner channels")
 SIMULATE = "XLA_FLAGS=--xla_force_host_platform_device_count={n} JAX_PLATFORMS=cpu"
 
 
@@ -71,7 +72,7 @@ def mesh_of(text: str) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=jax.devices()[:n])
 
 
-def shardings(cfg: LlamaConfig, mesh: Mesh, *, strict: bool = False) -> Any:
+def shardings(cfg: Config, mesh: Mesh, *, strict: bool = False) -> Any:
     """Where each parameter goes: a tree like `models.shapes(cfg)`.
 
     Args:
@@ -115,7 +116,7 @@ def _dividing(names: tuple[str, ...], n: int, sizes: Mapping[str, int]) -> tuple
     return names or None
 
 
-def replicated(cfg: LlamaConfig, sizes: Mapping[str, int]) -> tuple[str, ...]:
+def replicated(cfg: Config, sizes: Mapping[str, int]) -> tuple[str, ...]:
     """What does not divide and is on every device of its mesh axis instead, one line each.
 
     >>> from jaxprune import models, sharding
@@ -129,8 +130,7 @@ def replicated(cfg: LlamaConfig, sizes: Mapping[str, int]) -> tuple[str, ...]:
     for run in cfg.runs:
         last = run.start + run.length - 1
         where = f"layer {last}" if run.length == 1 else f"layers {run.start} to {last}"
-        found.append((where, "KV groups", run.dims.kv_heads, RULES["k"]))
-        found.append((where, "MLP channels", run.dims.ff, RULES["f"]))
+        found += [(where, UNITS[a], cfg.sizes(run.dims)[a], RULES[a]) for a in cfg.units]
     return tuple(
         f"{where}: {n} {units} do not divide by {by}; every device of that axis has all of them"
         for where, units, n, names in found
@@ -138,7 +138,7 @@ def replicated(cfg: LlamaConfig, sizes: Mapping[str, int]) -> tuple[str, ...]:
     )
 
 
-def place(cfg: LlamaConfig, mesh: Mesh, *, strict: bool = False) -> Place:
+def place(cfg: Config, mesh: Mesh, *, strict: bool = False) -> Place:
     """What `models.load(..., place=)` puts arrays on their devices with: each part is read for the devices that hold it alone.
 
     Args:

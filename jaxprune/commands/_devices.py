@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 import jax
@@ -11,7 +11,6 @@ import jax
 from jaxprune import _hosts, folder, sharding
 from jaxprune.commands._common import flag, say
 from jaxprune.models import Config
-from jaxprune.models.mamba_config import only_llama
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,20 +99,20 @@ def load(flags: Devices, source: str, dtype: str | None = None, **options: Any) 
     Raises:
       ValueError: as `folder.load` and `sharding.place`.
     """
-    mesh = None if flags.mesh is None else sharding.mesh_of(flags.mesh)
-    with _hosts.alike():
-        model = folder.load(source, dtype, mesh=mesh, strict=flags.strict_sharding, **options)
-    check(flags, model.cfg)
-    return model
+    return _load(folder.load, flags, source, dtype, options)
 
 
 def load_any(flags: Devices, source: str, dtype: str | None = None, **options: Any) -> folder.Model:
-    """`folder.load_any`, and `load` where there is a mesh, on which Mamba cannot be spread.
+    """The same by `folder.load_any`."""
+    return _load(folder.load_any, flags, source, dtype, options)
 
-    Raises:
-      ValueError: as `load`.
-    """
-    return load(flags, source, dtype, **options) if flags.mesh else folder.load_any(source, dtype, **options)
+
+def _load(read: Callable[..., folder.Model], flags: Devices, source: str, dtype: str | None, options: Any) -> folder.Model:
+    mesh = None if flags.mesh is None else sharding.mesh_of(flags.mesh)
+    with _hosts.alike():
+        model = read(source, dtype, mesh=mesh, strict=flags.strict_sharding, **options)
+    check(flags, model.cfg)
+    return model
 
 
 def check(flags: Devices, cfg: Config) -> None:
@@ -122,7 +121,7 @@ def check(flags: Devices, cfg: Config) -> None:
     Raises:
       ValueError: one does not, and the flags are strict.
     """
-    for note in () if flags.mesh is None else sharding.replicated(only_llama(cfg, "mesh"), flags.sizes):
+    for note in () if flags.mesh is None else sharding.replicated(cfg, flags.sizes):
         if flags.strict_sharding:
             raise ValueError(f"strict_sharding: {note}; choose another mesh or other widths, or leave --strict-sharding out")
         say(f"note: {note}")

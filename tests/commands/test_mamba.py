@@ -2,6 +2,7 @@
 
 import json
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -100,13 +101,11 @@ def test_uneven_widths_are_announced(made, jaxprune, tmp_path):
     "words",
     [
         ("run", "MODEL", "--out", "OUT"),
-        ("recover", "MODEL", "--out", "OUT", "--data", "builtin", "--mesh", "data=2"),
         ("recover", "MODEL", "--out", "OUT", "--data", "builtin", "--distill", "MODEL"),
         ("search", "MODEL", "--out", "OUT"),
         ("bench", "MODEL", "--out", "OUT"),
         ("export", "MODEL", "--to", "gguf", "--out", "OUT.gguf"),
         ("size", "--model-config", "MODEL"),
-        ("prune", "MODEL", "--out", "OUT", "--method", "taylor", "--mesh", "data=2"),
         ("prune", "MODEL", "--out", "OUT", "--method", "taylor", "--target-params", "10K"),
         ("evaluate", "MODEL", "--choice", "QUESTIONS"),
     ],
@@ -134,3 +133,26 @@ def test_other_commands_say_what_there_is(made, refused, tmp_path, words):
 def test_bad_input(made, refused, tmp_path, words, message):
     command, *rest = (tmp_path / "out" if word == "OUT" else word for word in words)
     assert message in refused(command, made, *rest)
+
+
+def test_on_a_mesh_as_on_one_device(made, jaxprune, tmp_path):
+    (tmp_path / "text.txt").write_text("the cat sat on the mat, and the dog sat on the cat. " * 100)
+    text, training = ("--calibration", tmp_path / "text.txt"), ("--steps", 2, "--batch-size", 4, "--length", 16)
+    pruning = ("--method", "taylor", "--ratio", 0.3, "--ranking", "global", *FLAGS, *text)
+    found, numbers = {}, {}
+    for name, mesh in dict(one=(), mesh=("--mesh", "data=2,fsdp=2,tensor=2")).items():
+        small, sparse, better = (tmp_path / f"{name}-{what}" for what in ("small", "sparse", "better"))
+        for words in (
+            ("prune", made, "--out", small, *pruning),
+            ("verify", made, small, "--length", 16),
+            ("sparsify", small, "--out", sparse, "--method", "sparsegpt", *FLAGS, *text),
+            ("recover", sparse, "--out", better, "--data", tmp_path / "text.txt", *training),
+            ("generate", better, "--prompt", "the cat", "--max-new-tokens", 2),
+            ("evaluate", better, "--text", tmp_path / "text.txt", "--window", 16, "--json", tmp_path / f"{name}.json"),
+        ):
+            done = jaxprune(*words, *mesh)
+            assert done.status == 0, done
+        found[name], numbers[name] = models.load(better), result(tmp_path / f"{name}.json")
+    assert found["mesh"][1] == found["one"][1]
+    chex.assert_trees_all_close(found["mesh"][0], found["one"][0], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(numbers["mesh"]["perplexity"], numbers["one"]["perplexity"], rtol=1e-4)
