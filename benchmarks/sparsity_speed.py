@@ -7,8 +7,7 @@ Second moments are factored in each program. SparseGPT is ours and torch's with 
 weight more in each block. `first` has the compilation in it. `error` is that of the output, relative; `mask as torch` the share
 of weights that are zero in both or in neither.
 
-What it printed on 2026-11-23 (`OPENBLAS_NUM_THREADS=1 taskset -c 1 python benchmarks/sparsity_speed.py --widths 1024 2048 4096
---repeats 2`) is in docs/sparsity.md.
+What it printed on 2026-11-23, with the commands, is in docs/sparsity.md.
 """
 
 import dataclasses
