@@ -11,7 +11,7 @@ import numpy as np
 from jaxprune._losses import Progress
 from jaxprune._sparse_blocks import advance, begin, blocks_of
 from jaxprune.models import Config, Params, hidden, layer_of, token_kl
-from jaxprune.models._mesh import by_sequence
+from jaxprune.models._mesh import by_sequence, on_host
 from jaxprune.models._runs import places
 from jaxprune.recovery.sparse.pattern import Pattern, keep_largest
 
@@ -28,7 +28,7 @@ def input_norms(params: Params, cfg: Config, batches: Sequence[Any], progress: P
         out.append({})
         for group in blocks_of(cfg).groups:
             if here := [n for n in group if n in p]:
-                squares = sum(np.asarray(_squares(p, group[0], x, cfg), np.float64) for x in stream)
+                squares = sum(on_host(_squares(p, group[0], x, cfg)).astype(np.float64) for x in stream)
                 out[-1] |= dict.fromkeys(here, np.sqrt(squares).astype(np.float32))
             advance(stream, p, group[0], cfg)
     return out

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.models import Config, MambaConfig, Params, embedded, mamba, reads, stream_norm, sublayer
-from jaxprune.models._mesh import by_sequence
+from jaxprune.models._mesh import by_sequence, on_host
 
 
 class Blocks(NamedTuple):
@@ -62,14 +62,14 @@ def blocks_of(cfg: Config) -> Blocks:
 
 def begin(params: Params, batches: Sequence[Any], cfg: Config) -> list[np.ndarray]:
     """The residual stream of all batches before the first block, on the host."""
-    return [np.asarray(blocks_of(cfg).begin(params, jnp.asarray(b), cfg)) for b in batches]
+    return [on_host(blocks_of(cfg).begin(params, jnp.asarray(b), cfg)) for b in batches]
 
 
 def advance(stream: list[np.ndarray], p: dict, name: str, cfg: Config) -> None:
     """Takes the residual stream of all batches through the sublayer that ends with a group, if one does."""
     if name in blocks_of(cfg).after:
         for at, x in enumerate(stream):
-            stream[at] = np.asarray(_after(p, name, x, cfg))
+            stream[at] = on_host(_after(p, name, x, cfg))
 
 
 @functools.partial(jax.jit, static_argnames=("name", "cfg"))

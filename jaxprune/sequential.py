@@ -12,6 +12,7 @@ import numpy as np
 from jaxprune import scorers
 from jaxprune._losses import Progress
 from jaxprune.models import LlamaConfig, Params, PerLayer, embedded, layer_of, probes, sublayer
+from jaxprune.models._mesh import on_host
 from jaxprune.models._runs import places
 from jaxprune.models.axes import OUTPUT
 from jaxprune.plan import Widths, select
@@ -59,8 +60,8 @@ def score(
     """
     if not batches:
         raise ValueError("batches: none given; scores need at least one batch of calibration tokens")
-    tokens = np.concatenate([np.asarray(b) for b in batches])
-    stream = embedded(params, jnp.asarray(tokens), cfg)
+    tokens = np.concatenate([on_host(b) for b in batches])
+    stream = on_host(embedded(params, jnp.asarray(tokens), cfg))
     ids = np.split(np.arange(tokens.size, dtype=np.int32).reshape(tokens.shape), len(batches))
     where = places(cfg.runs)
     out: list[dict[str, Any]] = []
@@ -79,7 +80,7 @@ def score(
         p |= {
             OUTPUT[a]: p[OUTPUT[a]] * gates[a].astype(stream.dtype).reshape(-1, *[1] * (p[OUTPUT[a]].ndim - 1)) for a in found
         }
-        stream = jnp.concatenate([_after(p, x, one) for x in jnp.split(stream, len(batches))])
+        stream = np.concatenate([on_host(_after(p, x, one)) for x in np.split(stream, len(batches))])
     return tuple(out)
 
 

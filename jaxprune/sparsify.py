@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune import _beside
+from jaxprune import _beside, _hosts
 from jaxprune._losses import Progress
 from jaxprune._sparse_blocks import advance, begin, blocks_of
 from jaxprune._sparsity import METHODS, Matrix, Sparsity, achieved, chosen, read_block, size, write_block
 from jaxprune.models import Config, Params, layer_of
-from jaxprune.models._mesh import by_sequence
+from jaxprune.models._mesh import by_sequence, on_host
 from jaxprune.models._runs import places
 from jaxprune.recovery import sparse
 
@@ -69,19 +69,22 @@ def sparsify(
     kind = blocks_of(cfg)
     stream = begin(params, batches, cfg)
     where = places(cfg.runs)
-    out = {run.name: {n: np.array(x) for n, x in params.get(run.name, {}).items() if n in cfg.matrices} for run in cfg.runs}
+    out = {
+        run.name: {n: np.array(on_host(x)) for n, x in params.get(run.name, {}).items() if n in cfg.matrices}
+        for run in cfg.runs
+    }
     found: dict[str, Matrix] = {}
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "sparsifying"):
         run, i = where[layer]
         name, p = run.name, layer_of(params, run, i)
         file = None if checkpoints is None else checkpoints / f"layer_{layer}.safetensors"
-        if file is not None and file.is_file():
+        if file is not None and _hosts.anywhere(_hosts.first() and file.is_file()):
             new, seen = read_block(file)
             for group in kind.groups:
                 advance(stream, p | new, group[0], cfg)
         else:
             new, seen = _block(p, names[layer], stream, cfg, asked, layer, owed)
-            if file is not None:
+            if file is not None and _hosts.first():
                 write_block(file, new, seen)
         owed += _owed(asked, layer, seen, new)
         for n, x in new.items():
@@ -117,10 +120,10 @@ def _block(
     seen: dict[str, Matrix] = {}
     for group in blocks_of(cfg).groups:
         if here := [n for n in group if n in names]:
-            gram = np.asarray(sum(_gram(p | new, group[0], x, cfg) for x in stream), np.float64)
+            gram = on_host(sum(_gram(p | new, group[0], x, cfg) for x in stream)).astype(np.float64)
             system = sparse.system(gram, asked.damp) if asked.method in ("sparsegpt", "apt") else None
         for n in here:
-            old = np.asarray(p[n])
+            old = on_host(p[n])
             pattern = _pattern(asked, layer, owed + _owed(asked, layer, seen, new), old.size)
             w = old.astype(np.float32).reshape(len(gram), -1).T  # out, in
             fitted, notes = _one(w, gram, system, asked, pattern)

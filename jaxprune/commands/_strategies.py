@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
-from jaxprune import _narrow, allocate, budgets, folder, methods, models, pipeline, scorers
+from jaxprune import _hosts, _narrow, allocate, budgets, folder, methods, models, pipeline, scorers
 from jaxprune._progress import progress, table
 from jaxprune._scores_file import read_scores, write_scores
 from jaxprune.commands._common import flag, say
@@ -202,11 +202,13 @@ def _recipe(task: Task, scores: PerLayer) -> LlamaConfig:
 def _scores(task: Task, make: Any) -> PerLayer:
     """Scores of the file in the folder, or made and written there."""
     path = task.out / "scores.npz"
-    if not path.is_file():
+    if not _hosts.anywhere(_hosts.first() and path.is_file()):
         batches = pipeline.batches(task.tokens, task.model.params)
         scorer = make(task.cfg, methods.Options(seed=task.settings.seed, microbatch=len(batches[0])))
         made = scorers.score(scorer, task.model.params, models.probes(task.cfg), progress(batches, "scoring"))
-        write_scores(path, made)
+        with _hosts.alike():
+            if _hosts.first():
+                write_scores(path, made)
     return read_scores(path, len(task.cfg.layers))
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from jaxprune import _narrow, _profiles, budgets, data, folder, methods, pipeline, surgery
+from jaxprune import _hosts, _narrow, _profiles, budgets, data, folder, methods, pipeline, surgery
 from jaxprune._constraints import check
 from jaxprune._files import atomic_text
 from jaxprune._json import plain
@@ -65,6 +65,7 @@ class Search:
     effort: Effort = Effort()
     limits: Limits = Limits()
     devices: _devices.Devices = _devices.Devices()
+    hosts: _devices.Hosts = _devices.Hosts()
     compute: Compute = Compute()
     output: Output = Output()
 
@@ -115,7 +116,13 @@ class Search:
 def run(args: Search) -> dict[str, Any]:
     """Searches; returns the table of what was found."""
     settings, seconds = args.settings(), dict[str, float]()
-    given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out", "compute")})
+    if args.strategy == "adapruner" and _hosts.several():
+        raise ValueError(
+            "strategy: adapruner given in several processes; its study is of one process, so take auto or evolution"
+        )
+    given = plain(
+        {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out", "compute", "hosts")}
+    )
     with opened(args.out, given, overwrite=args.overwrite):
         with stage("loading", seconds):
             needs_tokenizer = not data.is_token_file(args.calibration.calibration)
@@ -129,9 +136,11 @@ def run(args: Search) -> dict[str, Any]:
         unit, small = task.window.unit, surgery.pruned_config(task.cfg, chosen)
         dense = Point(found.dense, task.window.cost(task.cfg), None, "dense")
         details = dict(strategy=args.strategy, settings=given, calibration=args.calibration.calibration)
-        points.write(args.out, [dense, *found.points], unit, details)
-        for name, plan in (("plan", chosen), ("baseline", found.baseline)):
-            atomic_text(args.out / f"{name}.json", plan.to_json() + "\n")
+        with _hosts.alike():
+            if _hosts.first():
+                points.write(args.out, [dense, *found.points], unit, details)
+                for name, plan in (("plan", chosen), ("baseline", found.baseline)):
+                    atomic_text(args.out / f"{name}.json", plan.to_json() + "\n")
         result = {
             "loss, dense": dense.loss,
             "held-out loss, baseline": found.held_out[0],

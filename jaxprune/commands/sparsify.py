@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 import jax
 
-from jaxprune import data, folder, layer_sparsity, pipeline, sparsify
-from jaxprune._files import atomic_folder
+from jaxprune import _hosts, data, folder, layer_sparsity, pipeline, sparsify
 from jaxprune._json import plain, write_json
 from jaxprune._progress import progress
 from jaxprune.commands import _devices
@@ -69,6 +68,7 @@ class Sparsify:
     overwrite: bool = False
     """Replace the output folder if it has content, and what an earlier run with other settings left behind."""
     devices: _devices.Devices = _devices.Devices()
+    hosts: _devices.Hosts = _devices.Hosts()
     compute: Compute = Compute()
     output: Output = Output()
 
@@ -117,8 +117,10 @@ class Sparsify:
 def run(args: Sparsify) -> dict[str, Any]:
     """Sparsifies and saves; returns what happened, for a table."""
     asked, seconds = args.settings(), dict[str, float]()
-    given = plain({k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out", "compute")})
-    with atomic_folder(args.out, overwrite=args.overwrite) as out:
+    given = plain(
+        {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out", "compute", "hosts")}
+    )
+    with _hosts.output_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
             model = _devices.load_any(
                 args.devices, args.model, args.dtype, needs_tokenizer=not data.is_token_file(args.calibration)
@@ -150,7 +152,8 @@ def run(args: Sparsify) -> dict[str, Any]:
             with stage("saving", seconds):
                 made = record(args, asked, model, calibration, found, result, names)
                 folder.save(out, model._replace(params=params, record=made))
-    shutil.rmtree(args.checkpoints, ignore_errors=True)
+    if _hosts.first():
+        shutil.rmtree(args.checkpoints, ignore_errors=True)
     rows = by_matrix({name: (m.zeros, m.violations) for name, m in found.items()}, {n: m.error for n, m in found.items()})
     return result | {"folder": str(args.out), "by matrix": rows, "matrices": {n: m._asdict() for n, m in found.items()}}
 
@@ -160,12 +163,14 @@ def _layers(
 ) -> tuple[float, ...]:
     """The fraction of each layer, allocated once in a run that is stopped and goes on."""
     file = args.checkpoints / "layers.json"
-    if not file.is_file():
+    if not _hosts.anywhere(_hosts.first() and file.is_file()):
         fraction = asked.pattern.fraction
         found = layer_sparsity.allocated(
             model.params, model.cfg, batches, names, args.layerwise, fraction, args.width, progress=progress
         )
-        write_json(file, dict(layers=found))
+        with _hosts.alike():
+            if _hosts.first():
+                write_json(file, dict(layers=found))
     return tuple(read_json(file)["layers"])
 
 

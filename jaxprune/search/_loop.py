@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
+from jaxprune import _hosts
 from jaxprune._json import write_json
 from jaxprune.models._safetensors import read_json
 from jaxprune.plan import Plan
@@ -61,7 +62,7 @@ def evolve(
       keep: best candidates that the next generation comes from.
       seed: of random numbers.
       settings: all that the result depends on; a checkpoint of others is refused.
-      checkpoint: file that is written after each generation and gone on from if it is there, or None.
+      checkpoint: file that the first process writes after each generation and all go on from if it is there, or None.
       on_generation: called after each with its number and what was found.
 
     Raises:
@@ -89,7 +90,7 @@ def evolve(
             Point(x, problem.cost(c), problem.plan(c), f"generation {generation}") for x, c in zip(losses, fresh, strict=True)
         ]
         found = Found(pairs, _light([*found.points, *made]))
-        if checkpoint is not None:
+        if checkpoint is not None and _hosts.first():
             write_json(checkpoint, _encoded(found, problem, generation, settings))
         on_generation(generation, found)
     return found

@@ -12,11 +12,13 @@ from jaxprune._beside import home, spread
 from jaxprune._constraints import Constraints, full_widths
 from jaxprune._losses import Progress
 from jaxprune.models import LlamaConfig, Params, PerLayer, loss_fn, observe
+from jaxprune.models._mesh import on_host
 from jaxprune.models.axes import OUTPUT
 from jaxprune.plan import Plan, Widths
 from jaxprune.recovery import nested_least_squares
 from jaxprune.scorers._sites import grams
 from jaxprune.search.fitness import over_devices
+from jaxprune.sharding import on_mesh
 
 Levels: TypeAlias = PerLayer  # of int: which of a sublayer's counts is taken
 Losses: TypeAlias = Callable[[Sequence[Levels], Any], np.ndarray]
@@ -83,7 +85,7 @@ def build(
     items = [(run, j, a) for run in cfg.runs for j in range(run.length) for a in full[run.start]]
     for run, j, a in items if progress is None else progress(items, "fitting every width"):
         i = run.start + j
-        w = np.asarray(params[run.name][OUTPUT[a]][j], np.float32)
+        w = on_host(params[run.name][OUTPUT[a]], j).astype(np.float32)
         flat = w.reshape(-1, w.shape[-1])
         group, stack = len(flat) // len(w), []
         order = np.argsort(-np.asarray(scores[i][a]), kind="stable")
@@ -96,17 +98,17 @@ def build(
         weights.setdefault(run.name, {}).setdefault(OUTPUT[a], []).append(np.stack(stack))
     dtype = params["embed"].dtype
     arrays = {
-        name: {n: _beside_of(params[name][n], jnp.asarray(_padded(rows), dtype)) for n, rows in by.items()}
+        name: {n: _beside_of(params[name][n], _padded(rows).astype(dtype)) for n, rows in by.items()}
         for name, by in weights.items()
     }
     return Database(tuple(counts), tuple(plans), arrays)
 
 
-def _beside_of(dense: jax.Array, levels: jax.Array) -> jax.Array:
+def _beside_of(dense: jax.Array, levels: np.ndarray) -> jax.Array:
     """[l, levels, ...] spread as the dense [l, ...] is, where that lies on a mesh."""
     if home(dense) is None or not isinstance(where := dense.sharding, NamedSharding):
-        return levels
-    return jax.device_put(levels, NamedSharding(where.mesh, PartitionSpec(*where.spec[:1], None, *where.spec[1:])))
+        return jnp.asarray(levels)
+    return on_mesh(levels, NamedSharding(where.mesh, PartitionSpec(*where.spec[:1], None, *where.spec[1:])))
 
 
 def _counts(axis: str, n: int, layer: int, constraints: Constraints, levels: int, may_go: bool) -> np.ndarray:
@@ -135,7 +137,7 @@ def _grams(params: Params, cfg: LlamaConfig, batches: Sequence[Any]) -> list[dic
     for tokens in batches:
         seen = step(params, tokens)
         sums = seen if sums is None else jax.tree.map(jnp.add, sums, seen)
-    return [{a: np.asarray(g) for a, g in layer.items()} for layer in sums]
+    return [{a: on_host(g) for a, g in layer.items()} for layer in sums]
 
 
 def chosen(params: Params, db: Database, cfg: LlamaConfig, levels: dict[str, jax.Array]) -> Params:

@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from jaxprune import surgery
 from jaxprune._beside import home, spread
 from jaxprune.models import LlamaConfig, Params, loss_fn
+from jaxprune.models._mesh import on_host
 from jaxprune.plan import Plan
 
 Fitness: TypeAlias = Callable[[Sequence[Plan]], np.ndarray]  # plans -> float64[plans], nats a token, lower is better
@@ -116,7 +116,7 @@ def over_devices(
         for start in range(0, len(candidates), chunk):
             part = list(candidates[start : start + chunk])
             full = [*part, *part[:1] * (chunk - len(part))]
-            found += many(constants, jax.tree.map(lambda *x: jnp.stack(x), *full)).tolist()[: len(part)]
+            found += on_host(many(constants, jax.tree.map(lambda *x: np.stack(x), *full))).tolist()[: len(part)]
         losses = np.round(np.array(found, np.float64), DIGITS)
         return np.where(np.isfinite(losses), losses, np.inf)
 
