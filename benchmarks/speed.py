@@ -8,7 +8,8 @@ SmolLM2-135M, 10 x 128 tokens, float32. Medians; what is compared runs in turn.
   times all tokens), and of reading as many bytes as the weights have (their sum).
 - `scoring`: the programs of `scoring_time.py`, with the FLOPs of the matrix products in the compiled program; `limit` is the
   part of the best measured rate that the whole program reaches.
-- `decode`: one token after another, batch 1, behind a prompt of 128 tokens; the limit reads all weights once a token.
+- `decode`: one token after another, batch 1, behind a prompt of 128 tokens; the limit reads all weights once a token, `its
+  products` are those with weights, and nothing between them.
 - `cold`: processes from start to exit, each reading the same folder and tokens and writing the pruned model, with LLM-Pruner's
   setting (20 %, layers 4 to 27): `jaxprune prune`, compilation and verification included; plain torch, which forms the full
   gradient (`_torch_gradient.llm_pruner`); Torch-Pruning where DIR has it (`pip install --target DIR --no-deps torch-pruning`).
@@ -33,7 +34,10 @@ decoding a read of the weights takes 13.2 ms (41 GB/s); products run at up to 36
     cold prune / cold torch               < 1      0.846      True
     decode / limit                        <= 1.3   1.420     False
 
-Decoding misses its target because a product inside `lax.scan` copies the weights of its layer first, on a CPU.
+Why decoding misses its target, measured later on a slower day (`--repeats 7`, a read of the weights 18.6 and 20.4 ms): a
+token took 32.4 and 36.5 ms, its products with weights alone 20.9 and 24.5 ms, 1.12 and 1.20 times the read, each matrix an
+array of its own. The rest, a third, are hundreds of small operations, and the copy that `lax.scan` makes of each layer's
+weights: without the loop, layers and caches apart, a token took 0.93 times as long, and compiling twice.
 """
 
 import dataclasses
@@ -90,14 +94,11 @@ def limits(params: Any, cfg: Any, tokens: int) -> dict[str, tuple[Any, float]]:
     import jax
     import jax.numpy as jnp
 
-    from jaxprune.models import axes
-
     square, rows = jnp.ones((2048, 2048)), jnp.ones((tokens, cfg.d))
-    layer = {n: params["run_0"][n][0] for n in axes.MATRICES}
-    matrices = [x.reshape(-1, cfg.d).T if n in axes.OUTPUT.values() else x.reshape(cfg.d, -1) for n, x in layer.items()]
+    matrices = _matrices(params, cfg, 0)
     weights = jnp.concatenate([x.ravel() for x in jax.tree.leaves(params)])
     product, total = jax.jit(jnp.matmul), jax.jit(jnp.sum)
-    every = jax.jit(lambda x, ws: [x @ w for w in ws])
+    every = jax.jit(lambda x, ws: [x @ (w if len(w) == cfg.d else w.T) for w in ws])
     once = {
         "square": (lambda: product(square, square), 2 * 2048**3),
         "model's shapes": (lambda: every(rows, matrices), 2.0 * tokens * sum(w.size for w in matrices)),
@@ -142,15 +143,30 @@ def warm(args: Args) -> dict[str, list[dict[str, Any]]]:
     return dict(limits=limit_rows, scoring=scoring, decode=[_decode(args, params, cfg, tokens, bounds["read"])])
 
 
+def _matrices(params: Any, cfg: Any, layer: int) -> list[Any]:
+    """The matrices of a layer, each an array of its own, [in, out]."""
+    from jaxprune.models import axes
+
+    own = {n: params["run_0"][n][layer] for n in axes.MATRICES}
+    return [x.reshape(-1, cfg.d) if n in axes.OUTPUT.values() else x.reshape(cfg.d, -1) for n, x in own.items()]
+
+
 def _decode(args: Args, params: Any, cfg: Any, tokens: Any, read: tuple[Any, float]) -> dict[str, Any]:
-    """Milliseconds a token and those of a read of the weights, in turn."""
+    """Milliseconds a token, those of its products with weights alone, and those of a read of the weights, in turn."""
+    import jax
+    import jax.numpy as jnp
+
     prompt = tokens[:1]
+    matrices = [w for layer in range(len(cfg.layers)) for w in _matrices(params, cfg, layer)]
+    product = jax.jit(lambda embed, ws: [jnp.ones((1, len(w))) @ w for w in ws] + [jnp.ones((1, cfg.d)) @ embed.T])
     rounds = []
     for _ in range(args.repeats + 1):
         decoded = pruned_speed.decoding(params, cfg, prompt, args.new_tokens).clock / args.new_tokens
-        rounds.append((decoded, _common.spent(read[0]).clock / CALLS))
-    token, limit = (1000 * statistics.median(x) for x in zip(*rounds[1:], strict=True))
-    return {"ms a token": token, "MiB read": read[1] / CALLS / _common.MIB, "limit, ms": limit, "/ limit": token / limit}
+        products = _common.spent(lambda: [product(params["embed"], matrices) for _ in range(CALLS)]).clock / CALLS
+        rounds.append((decoded, products, _common.spent(read[0]).clock / CALLS))
+    token, products, limit = (1000 * statistics.median(x) for x in zip(*rounds[1:], strict=True))
+    row = {"ms a token": token, "its products, ms": products, "MiB read": read[1] / CALLS / _common.MIB, "limit, ms": limit}
+    return row | {"/ limit": token / limit, "products / limit": products / limit}
 
 
 def cold(args: Args) -> list[dict[str, Any]]:
