@@ -86,7 +86,7 @@ class Outcome(NamedTuple):
     Attributes:
       dense: loss of the dense model on the text of the search.
       baseline, best: plans.
-      held_out: their losses on text that the search has not seen.
+      held_out: their losses, next tokens as the text has them, on text that the search has not seen.
       points: all candidates.
     """
 
@@ -102,7 +102,10 @@ def search_auto(task: Task) -> Outcome:
     scores = _scores(task, methods.find(methods.DEFAULT).scorer)
     recipe = _narrow.widths(_recipe(task, scores), cfg)
     db = database.build(params, cfg, scores, pipeline.batches(task.tokens, params), task.constraints, progress=progress)
-    measure = database.losses_of(params, cfg, db, at_once=task.effort.at_once, microbatch=task.microbatch)
+    measure, compare = (
+        of(params, cfg, db, at_once=task.effort.at_once, microbatch=task.microbatch)
+        for of in (database.divergences_of, database.losses_of)
+    )
     schedule = refine.Refinement()
     if task.effort.generations is not None:
         schedule = dataclasses.replace(schedule, generations=task.effort.generations)
@@ -111,7 +114,7 @@ def search_auto(task: Task) -> Outcome:
     others = refine.at_other_sizes(cfg, db, measure, task.fitness, scores, window, task.constraints, recipe)
     start, best = refine.start(cfg, db, window, recipe), found.best[0][1]
     whole = tuple({a: 0 for a in layer} for layer in db.counts)
-    dense, (first, second) = measure([whole], task.fitness)[0], measure([start, best], task.held_out)
+    dense, (first, second) = measure([whole], task.fitness)[0], compare([start, best], task.held_out)
     baseline, chosen = (_exact(task, problem.plan(levels), scores) for levels in (start, best))
     return Outcome(float(dense), baseline, chosen, (float(first), float(second)), others + found.points)
 

@@ -1,5 +1,6 @@
 """Compressed sublayers for every width, so that a candidate of a search is a choice of rows and nothing is cut or compiled."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,13 +12,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxprune._beside import home, spread
 from jaxprune._constraints import Constraints, full_widths
 from jaxprune._losses import Progress
-from jaxprune.models import LlamaConfig, Params, PerLayer, loss_fn, observe
+from jaxprune.models import LlamaConfig, Params, PerLayer, hidden, loss_fn, observe
 from jaxprune.models._mesh import on_host
 from jaxprune.models.axes import OUTPUT
 from jaxprune.plan import Plan, Widths
-from jaxprune.recovery import nested_least_squares
+from jaxprune.recovery import logit_divergence, nested_least_squares
 from jaxprune.scorers._sites import grams
-from jaxprune.search.fitness import over_devices
+from jaxprune.search.fitness import DIGITS, over_devices
 from jaxprune.sharding import on_mesh
 
 Levels: TypeAlias = PerLayer  # of int: which of a sublayer's counts is taken
@@ -195,3 +196,46 @@ def losses_of(
 
     measure = over_devices(one, at_once, devices, params)
     return lambda candidates, tokens: measure((params, db.weights, spread(params, tokens)), list(map(as_arrays, candidates)))
+
+
+def divergences_of(
+    params: Params,
+    cfg: LlamaConfig,
+    db: Database,
+    *,
+    at_once: int = 1,
+    microbatch: int | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Losses:
+    r"""As `losses_of`, but a candidate is compared with the dense model instead of with the text.
+
+    .. math:: \ell(c) = \ell(\text{dense}) + \mathrm{KL}(p_\text{dense} \,\|\, p_c)
+
+    The divergence is the mean over positions: what a candidate's loss is above the dense model's where the dense model draws
+    the next tokens, without the chance of which ones the text has.
+
+    Args:
+      params, cfg, db, at_once, microbatch, devices: as in `losses_of`.
+    """
+    dense = jax.jit(lambda params, tokens: hidden(params, tokens, cfg, microbatch=microbatch))
+    own = jax.jit(lambda params, tokens: loss_fn(cfg, remat=False, microbatch=microbatch)(params, {}, tokens).mean())
+
+    def one(constants, levels):
+        params, weights, read, states = constants
+        candidate = chosen(params, db._replace(weights=weights), cfg, levels)
+        x = hidden(candidate, read, cfg, microbatch=microbatch)
+        return logit_divergence(candidate, x, cfg, params, states, cfg).mean()
+
+    measure = over_devices(one, at_once, devices, params)
+
+    @functools.lru_cache(maxsize=1)  # a search asks for the same text again and again
+    def text(data: bytes, shape: tuple[int, ...]) -> tuple[Any, Any, float]:
+        tokens = spread(params, np.frombuffer(data, np.int32).reshape(shape))
+        return tokens[:, :-1], dense(params, tokens[:, :-1]), float(own(params, tokens))
+
+    def losses(candidates: Sequence[Levels], tokens: Any) -> np.ndarray:
+        tokens = np.asarray(tokens, np.int32)
+        read, states, start = text(tokens.tobytes(), tokens.shape)
+        return np.round(start + measure((params, db.weights, read, states), list(map(as_arrays, candidates))), DIGITS)
+
+    return losses

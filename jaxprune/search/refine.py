@@ -61,7 +61,7 @@ def problem(
     Args:
       cfg: the dense model.
       db: the sublayers at every width.
-      measure: `database.losses_of` it.
+      measure: `database.divergences_of` it, or `database.losses_of`.
       tokens: int32[b, t] that candidates are measured on.
       curves: per layer, axis letter -> float32[units], sorted losses of each width, as the scorer of the recipe gives them.
       window: allowed sizes.

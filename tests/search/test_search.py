@@ -67,6 +67,17 @@ def test_a_candidate_of_the_database_is_the_model_fitted_sublayer_by_sublayer(db
     np.testing.assert_allclose(loss, [gated, mean_loss(PARAMS, CFG)], rtol=1e-5)
 
 
+def test_a_divergence_is_what_a_candidate_loses_where_the_dense_model_writes_the_text(db):
+    levels = ({"k": 1, "f": 2}, {"k": 0, "f": 0}, {"k": 2, "f": 1})
+    whole = ({"k": 0, "f": 0},) * 3
+    found = database.divergences_of(PARAMS, CFG, db)([levels, whole], TOKENS)
+    candidate = database.chosen(PARAMS, db, CFG, jax.tree.map(jnp.asarray, database.as_arrays(levels)))
+    p, q = (jax.nn.log_softmax(models.apply(x, TOKENS[:, :-1], CFG)) for x in (PARAMS, candidate))
+    dense = mean_loss(PARAMS, CFG)
+    np.testing.assert_allclose(found, [dense + float((jnp.exp(p) * (p - q)).sum(-1).mean()), dense], rtol=1e-5)
+    assert found[0] > found[1]
+
+
 def test_the_database_offers_what_constraints_allow():
     limits = allocate.Constraints(layers=(1, 3), units="f", multiple_of=8, min_kept=0.5, channels=(48, 48, 40))
     counts = database.build(PARAMS, CFG, SCORES, [TOKENS], limits, levels=6).counts
