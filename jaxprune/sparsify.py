@@ -84,8 +84,9 @@ def sparsify(
                 advance(stream, p | new, group[0], cfg)
         else:
             new, seen = _block(p, names[layer], stream, cfg, asked, layer, owed)
-            if file is not None and _hosts.first():
-                write_block(file, new, seen)
+            with _hosts.alike():
+                if file is not None and _hosts.first():
+                    write_block(file, new, seen)
         owed += _owed(asked, layer, seen, new)
         for n, x in new.items():
             out[name][n][i] = x

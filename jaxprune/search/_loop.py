@@ -90,8 +90,9 @@ def evolve(
             Point(x, problem.cost(c), problem.plan(c), f"generation {generation}") for x, c in zip(losses, fresh, strict=True)
         ]
         found = Found(pairs, _light([*found.points, *made]))
-        if checkpoint is not None and _hosts.first():
-            write_json(checkpoint, _encoded(found, problem, generation, settings))
+        with _hosts.alike():
+            if checkpoint is not None and _hosts.first():
+                write_json(checkpoint, _encoded(found, problem, generation, settings))
         on_generation(generation, found)
     return found
 
