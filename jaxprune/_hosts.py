@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +87,22 @@ def alike() -> Iterator[None]:
         raise mine
     if others := [f"process {i}: {text}" for i, text in enumerate(every) if text]:
         raise ValueError(others[0])
+
+
+def by_first(write: Callable[..., Any], *args: Any) -> None:
+    """`write(*args)` in the first process alone; what it refuses, all refuse.
+
+    Raises:
+      ValueError, OSError: as `alike`.
+    """
+    with alike():
+        if first():
+            write(*args)
+
+
+def stands(path: Path) -> bool:
+    """Whether the first process finds a file; all have to ask."""
+    return anywhere(first() and path.is_file())
 
 
 @contextlib.contextmanager

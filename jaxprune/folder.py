@@ -51,10 +51,18 @@ def load(source: str, dtype: str | None = None, **options: Any) -> Model:
     Raises:
       ValueError: it is of another family.
     """
-    return _load(source, dtype, only_llama, **options)
+    return load_any(source, dtype, admit=only_llama, **options)
 
 
-def load_any(source: str, dtype: str | None = None, **options: Any) -> Model:
+def load_any(
+    source: str,
+    dtype: str | None = None,
+    *,
+    needs_tokenizer: bool = True,
+    mesh: Mesh | None = None,
+    strict: bool = False,
+    admit: Callable[[Config, str], Config] | None = None,
+) -> Model:
     """Loads a model of any architecture, its tokenizer and its record.
 
     Args:
@@ -63,25 +71,14 @@ def load_any(source: str, dtype: str | None = None, **options: Any) -> Model:
       needs_tokenizer: refuse a folder without a tokenizer, such as that of a model of image tokens.
       mesh: devices that the parameters are spread over, see `jaxprune.sharding`, or None for one.
       strict: refuse a mesh by which the model does not divide.
+      admit: called with the configuration and the source before anything else is read; refuses what the caller cannot use.
 
     Raises:
       FileNotFoundError, ValueError: there is no such model, or it is damaged or not supported.
     """
-    return _load(source, dtype, lambda cfg, _: cfg, **options)
-
-
-def _load(
-    source: str,
-    dtype: str | None,
-    admitted: Callable[[Config, str], Config],
-    *,
-    needs_tokenizer: bool = True,
-    mesh: Mesh | None = None,
-    strict: bool = False,
-) -> Model:
     path = checkpoints.resolve(source)
     found = checkpoints.opened(path)
-    cfg = admitted(found.cfg, str(source))
+    cfg = found.cfg if admit is None else admit(found.cfg, str(source))
     place = None if mesh is None else sharding.place(cfg, mesh, strict=strict)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} given; allowed are {', '.join(DTYPES)}")

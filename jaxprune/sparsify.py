@@ -78,15 +78,14 @@ def sparsify(
         run, i = where[layer]
         name, p = run.name, layer_of(params, run, i)
         file = None if checkpoints is None else checkpoints / f"layer_{layer}.safetensors"
-        if file is not None and _hosts.anywhere(_hosts.first() and file.is_file()):
+        if file is not None and _hosts.stands(file):
             new, seen = read_block(file)
             for group in kind.groups:
                 advance(stream, p | new, group[0], cfg)
         else:
             new, seen = _block(p, names[layer], stream, cfg, asked, layer, owed)
-            with _hosts.alike():
-                if file is not None and _hosts.first():
-                    write_block(file, new, seen)
+            if file is not None:
+                _hosts.by_first(write_block, file, new, seen)
         owed += _owed(asked, layer, seen, new)
         for n, x in new.items():
             out[name][n][i] = x

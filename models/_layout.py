@@ -18,6 +18,7 @@ Rows = slice | np.ndarray
 BLOCK = 64
 WHOLE = slice(None)
 AS_STORED = ("embed", "A_log")  # matrices whose rows are the file's rows
+TRANSPOSED = ("head", *axes.MATRICES, *axes.MAMBA_MATRICES, *axes.SHORTCUTS)  # their rows are the file's columns
 ROTATED = ("q", "k", "q_bias", "k_bias")  # the arrays whose rows are dimensions of heads that rotate
 
 
@@ -56,7 +57,7 @@ def file_view(name: str, x: A) -> A:
         return x
     if name == "conv1d":
         return x[:, None]
-    if name not in ("head", *axes.MATRICES, *axes.MAMBA_MATRICES, *axes.SHORTCUTS):
+    if name not in TRANSPOSED:
         return x.reshape(-1)
     inputs = len(axes.INPUT.get(name, "d"))
     return x.reshape(math.prod(x.shape[:inputs]), -1).T
@@ -167,8 +168,9 @@ class Unread:
 
     def _fill(self, out: np.ndarray, layer: int | None, spans: list[range], shape: tuple[int, ...]) -> None:
         """Reads what `spans` say of a layer's axes."""
-        at = [slice(spans[i].start * n, spans[i].stop * n) for i in _leading(self.name) for n in [_inner(self.name, i, shape)]]
-        rows, columns = (at[1], at[0]) if len(at) == 2 and self.name not in AS_STORED else (at + [WHOLE])[:2]
+        leading = _leading(self.name)[:: -1 if self.name in TRANSPOSED else 1]  # as the file's axes follow each other
+        sizes = [(spans[i], n // shape[i]) for i, n in zip(leading, file_shape(self.name, shape), strict=False)]
+        rows, columns = ([slice(span.start * n, span.stop * n) for span, n in sizes] + [WHOLE])[:2]
         view, tensor = file_view(self.name, out), self.source.name(self.name, layer)
         for where, values in self.source.read(tensor, rows, columns):
             here = where - rows.start if isinstance(where, np.ndarray) else slice(where.start - rows.start, None)
@@ -179,17 +181,9 @@ def _leading(name: str) -> tuple[int, ...]:
     """Of the axes that a file makes one, the first: a part along it is a part of the file's axis in one piece."""
     if name in AS_STORED:
         return 0, 1
-    if name not in ("head", *axes.MATRICES, *axes.MAMBA_MATRICES, *axes.SHORTCUTS):
+    if name not in TRANSPOSED:
         return (0,)
     return 0, len(axes.INPUT.get(name, "d"))
-
-
-def _inner(name: str, axis: int, shape: tuple[int, ...]) -> int:
-    """Numbers along a file's axis for each position of the leading axis in it."""
-    if name == "conv1d":
-        return 1
-    after = [i for i in _leading(name) if i > axis]
-    return math.prod(shape[axis + 1 : after[0] if after else None])
 
 
 def assemble(source: Source, dtype: Any, place: Place) -> Params:

@@ -10,16 +10,8 @@ from jaxprune.models import axes
 from jaxprune.models._runs import Run, runs_of
 from jaxprune.models.config import LlamaConfig
 
-COMMANDS = (
-    "prune",
-    "sparsify",
-    "recover",
-    "verify",
-    "inspect",
-    "export --check",
-    "evaluate --text",
-    "generate",
-)  # that know Mamba
+# Those that know Mamba.
+COMMANDS = ("prune", "sparsify", "recover", "verify", "inspect", "export --check", "evaluate --text", "generate")
 BIASES = ((), ("conv1d",), ("in_proj", "out_proj"), ("in_proj", "conv1d", "out_proj"))
 
 

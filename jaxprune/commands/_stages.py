@@ -1,6 +1,7 @@
 """Stages of a run: each leaves its result as a file in the run's folder, and is not repeated while that is there."""
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,9 +27,7 @@ def opened(folder: Path, settings: dict[str, Any], *, overwrite: bool) -> Iterat
     Raises:
       OSError: the folder has other content.
     """
-    with _hosts.alike():
-        if _hosts.first():
-            _make(folder, settings, overwrite)
+    _hosts.by_first(_make, folder, settings, overwrite)
     try:
         yield
     finally:
@@ -45,6 +44,12 @@ def _make(folder: Path, settings: dict[str, Any], overwrite: bool) -> None:
     write_json(folder / SETTINGS, settings)
 
 
+def flags_of(args: Any) -> dict[str, Any]:
+    """The flags that a run goes on with: all but where it writes and how it is computed."""
+    left_out = ("output", "overwrite", "out", "hosts", "compute")
+    return {name: value for name, value in dataclasses.asdict(args).items() if name not in left_out}
+
+
 def kept(folder: Path) -> str | None:
     """How to go on with the run in a folder after an interruption, or None where there is none."""
     return f"{folder} is kept; go on with the same command" if (folder / SETTINGS).is_file() else None
@@ -52,14 +57,12 @@ def kept(folder: Path) -> str | None:
 
 def once(path: Path, what: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """The result of a stage: read from its file, or made and written there."""
-    if _hosts.anywhere(_hosts.first() and path.is_file()):
+    if _hosts.stands(path):
         say(f"{what}: done before")
         return read_json(path)
     say(f"== {what}")
     result = make()
-    with _hosts.alike():
-        if _hosts.first():
-            write_json(path, result)
+    _hosts.by_first(write_json, path, result)
     return plain(result)
 
 

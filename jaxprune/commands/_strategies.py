@@ -102,19 +102,17 @@ def search_auto(task: Task) -> Outcome:
     scores = _scores(task, methods.find(methods.DEFAULT).scorer)
     recipe = _narrow.widths(_recipe(task, scores), cfg)
     db = database.build(params, cfg, scores, pipeline.batches(task.tokens, params), task.constraints, progress=progress)
-    measure, compare = (
-        of(params, cfg, db, at_once=task.effort.at_once, microbatch=task.microbatch)
-        for of in (database.divergences_of, database.losses_of)
-    )
+    how: Any = dict(at_once=task.effort.at_once, microbatch=task.microbatch)
+    measure = database.divergences_of(params, cfg, db, task.fitness, **how)
     schedule = refine.Refinement()
     if task.effort.generations is not None:
         schedule = dataclasses.replace(schedule, generations=task.effort.generations)
-    problem = refine.problem(cfg, db, measure, task.fitness, scores, window, task.constraints, schedule, recipe)
+    problem = refine.problem(cfg, db, measure, scores, window, task.constraints, schedule, recipe)
     found = _evolved(task, problem, schedule)
-    others = refine.at_other_sizes(cfg, db, measure, task.fitness, scores, window, task.constraints, recipe)
+    others = refine.at_other_sizes(cfg, db, measure, scores, window, task.constraints, recipe)
     start, best = refine.start(cfg, db, window, recipe), found.best[0][1]
     whole = tuple({a: 0 for a in layer} for layer in db.counts)
-    dense, (first, second) = measure([whole], task.fitness)[0], compare([start, best], task.held_out)
+    dense, (first, second) = measure([whole])[0], database.losses_of(params, cfg, db, **how)([start, best], task.held_out)
     baseline, chosen = (_exact(task, problem.plan(levels), scores) for levels in (start, best))
     return Outcome(float(dense), baseline, chosen, (float(first), float(second)), others + found.points)
 
@@ -205,13 +203,11 @@ def _recipe(task: Task, scores: PerLayer) -> LlamaConfig:
 def _scores(task: Task, make: Any) -> PerLayer:
     """Scores of the file in the folder, or made and written there."""
     path = task.out / "scores.npz"
-    if not _hosts.anywhere(_hosts.first() and path.is_file()):
+    if not _hosts.stands(path):
         batches = pipeline.batches(task.tokens, task.model.params)
         scorer = make(task.cfg, methods.Options(seed=task.settings.seed, microbatch=len(batches[0])))
         made = scorers.score(scorer, task.model.params, models.probes(task.cfg), progress(batches, "scoring"))
-        with _hosts.alike():
-            if _hosts.first():
-                write_scores(path, made)
+        _hosts.by_first(write_scores, path, made)
     return read_scores(path, len(task.cfg.layers))
 
 

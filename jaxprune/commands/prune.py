@@ -199,9 +199,7 @@ def run(args: Prune) -> dict[str, Any]:
         )
         with stage("saving", seconds):
             folder.save(out, folder.Model(pruned.params, pruned.cfg, model.tokenizer, str(args.out), record))
-            with _hosts.alike():
-                if _hosts.first():
-                    write_scores(out / "scores.npz", pruned.scores)
+            _hosts.by_first(write_scores, out / "scores.npz", pruned.scores)
     return result | {"folder": str(args.out)}
 
 

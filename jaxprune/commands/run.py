@@ -17,7 +17,7 @@ from jaxprune.commands._calibration import Calibration, Reconstruction
 from jaxprune.commands._common import ModelName, Output, flag
 from jaxprune.commands._compute import Compute
 from jaxprune.commands._distillation import Distillation
-from jaxprune.commands._stages import kept, once, opened
+from jaxprune.commands._stages import flags_of, kept, once, opened
 from jaxprune.commands.generate import check_prompt, continuation
 from jaxprune.models import checkpoint
 from jaxprune.models.mamba_config import only_llama
@@ -126,9 +126,7 @@ def run(args: Run) -> dict[str, Any]:
     """Runs the stages that are not complete, then writes the report."""
     with _hosts.alike():
         _check(args)
-    left_out = ("output", "overwrite", "out", "hosts", "compute")
-    settings = {k: v for k, v in dataclasses.asdict(args).items() if k not in left_out}
-    with opened(args.out, settings, overwrite=args.overwrite):
+    with opened(args.out, flags_of(args), overwrite=args.overwrite):
         return _stages(args)
 
 
@@ -164,9 +162,7 @@ def _stages(args: Run) -> dict[str, Any]:
         write = functools.partial(_sample, args, model)
         samples[name] = once(args.out / f"sample-{name}.json", f"sample, {name}", write)["text"]
     page = args.out / "report.html"
-    with _hosts.alike():
-        if _hosts.first():
-            _report(args, done, metrics, samples)
+    _hosts.by_first(_report, args, done, metrics, samples)
     return _rows(metrics) | {"exact": done["verify"]["exact"], "report": str(page)}
 
 

@@ -12,7 +12,7 @@ from jaxprune.commands import _budget, _devices
 from jaxprune.commands._calibration import Calibration, draw, up_to_a_row
 from jaxprune.commands._common import ModelName, Output, Profile, flag, layer_range, stage
 from jaxprune.commands._compute import Compute
-from jaxprune.commands._stages import kept, opened
+from jaxprune.commands._stages import flags_of, kept, opened
 from jaxprune.commands._strategies import STRATEGIES, Effort, Task
 from jaxprune.search import points, sizes
 from jaxprune.search.points import Point
@@ -120,9 +120,7 @@ def run(args: Search) -> dict[str, Any]:
         raise ValueError(
             "strategy: adapruner given in several processes; its study is of one process, so take auto or evolution"
         )
-    given = plain(
-        {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out", "compute", "hosts")}
-    )
+    given = plain(flags_of(args))
     with opened(args.out, given, overwrite=args.overwrite):
         with stage("loading", seconds):
             needs_tokenizer = not data.is_token_file(args.calibration.calibration)
@@ -136,11 +134,9 @@ def run(args: Search) -> dict[str, Any]:
         unit, small = task.window.unit, surgery.pruned_config(task.cfg, chosen)
         dense = Point(found.dense, task.window.cost(task.cfg), None, "dense")
         details = dict(strategy=args.strategy, settings=given, calibration=args.calibration.calibration)
-        with _hosts.alike():
-            if _hosts.first():
-                points.write(args.out, [dense, *found.points], unit, details)
-                for name, plan in (("plan", chosen), ("baseline", found.baseline)):
-                    atomic_text(args.out / f"{name}.json", plan.to_json() + "\n")
+        _hosts.by_first(points.write, args.out, [dense, *found.points], unit, details)
+        for name, plan in (("plan", chosen), ("baseline", found.baseline)):
+            _hosts.by_first(atomic_text, args.out / f"{name}.json", plan.to_json() + "\n")
         result = {
             "loss, dense": dense.loss,
             "held-out loss, baseline": found.held_out[0],

@@ -15,7 +15,7 @@ from jaxprune.commands._calibration import Calibration, draw, up_to_a_row
 from jaxprune.commands._common import ModelName, Output, flag, say, stage
 from jaxprune.commands._compute import Compute
 from jaxprune.commands._sparse_result import by_matrix, record, summary
-from jaxprune.commands._stages import kept, opened
+from jaxprune.commands._stages import flags_of, kept, opened
 from jaxprune.models._safetensors import read_json
 from jaxprune.recovery import sparse
 
@@ -117,9 +117,7 @@ class Sparsify:
 def run(args: Sparsify) -> dict[str, Any]:
     """Sparsifies and saves; returns what happened, for a table."""
     asked, seconds = args.settings(), dict[str, float]()
-    given = plain(
-        {k: v for k, v in dataclasses.asdict(args).items() if k not in ("output", "overwrite", "out", "compute", "hosts")}
-    )
+    given = plain(flags_of(args))
     with _hosts.output_folder(args.out, overwrite=args.overwrite) as out:
         with stage("loading", seconds):
             model = _devices.load_any(
@@ -163,14 +161,12 @@ def _layers(
 ) -> tuple[float, ...]:
     """The fraction of each layer, allocated once in a run that is stopped and goes on."""
     file = args.checkpoints / "layers.json"
-    if not _hosts.anywhere(_hosts.first() and file.is_file()):
+    if not _hosts.stands(file):
         fraction = asked.pattern.fraction
         found = layer_sparsity.allocated(
             model.params, model.cfg, batches, names, args.layerwise, fraction, args.width, progress=progress
         )
-        with _hosts.alike():
-            if _hosts.first():
-                write_json(file, dict(layers=found))
+        _hosts.by_first(write_json, file, dict(layers=found))
     return tuple(read_json(file)["layers"])
 
 

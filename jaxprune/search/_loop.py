@@ -70,7 +70,7 @@ def evolve(
     """
     done = -1
     found: Found = Found([], [])
-    state = read_json(checkpoint) if checkpoint is not None and checkpoint.is_file() else None
+    state = read_json(checkpoint) if checkpoint is not None and _hosts.stands(checkpoint) else None
     if state is not None:
         changed = sorted(k for k in settings.keys() | state["settings"].keys() if settings.get(k) != state["settings"].get(k))
         if changed:
@@ -90,9 +90,8 @@ def evolve(
             Point(x, problem.cost(c), problem.plan(c), f"generation {generation}") for x, c in zip(losses, fresh, strict=True)
         ]
         found = Found(pairs, _light([*found.points, *made]))
-        with _hosts.alike():
-            if checkpoint is not None and _hosts.first():
-                write_json(checkpoint, _encoded(found, problem, generation, settings))
+        if checkpoint is not None:
+            _hosts.by_first(write_json, checkpoint, _encoded(found, problem, generation, settings))
         on_generation(generation, found)
     return found
 

@@ -1,6 +1,5 @@
 """Compressed sublayers for every width, so that a candidate of a search is a choice of rows and nothing is cut or compiled."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,11 +11,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxprune._beside import home, spread
 from jaxprune._constraints import Constraints, full_widths
 from jaxprune._losses import Progress
-from jaxprune.models import LlamaConfig, Params, PerLayer, hidden, loss_fn, observe
+from jaxprune.models import LlamaConfig, Params, PerLayer, hidden, loss_fn, observe, token_kl, token_losses
 from jaxprune.models._mesh import on_host
 from jaxprune.models.axes import OUTPUT
 from jaxprune.plan import Plan, Widths
-from jaxprune.recovery import logit_divergence, nested_least_squares
+from jaxprune.recovery import nested_least_squares
 from jaxprune.scorers._sites import grams
 from jaxprune.search.fitness import DIGITS, over_devices
 from jaxprune.sharding import on_mesh
@@ -199,15 +198,9 @@ def losses_of(
 
 
 def divergences_of(
-    params: Params,
-    cfg: LlamaConfig,
-    db: Database,
-    *,
-    at_once: int = 1,
-    microbatch: int | None = None,
-    devices: Sequence[jax.Device] | None = None,
-) -> Losses:
-    r"""As `losses_of`, but a candidate is compared with the dense model instead of with the text.
+    params: Params, cfg: LlamaConfig, db: Database, tokens: Any, *, microbatch: int | None = None, **options: Any
+) -> Callable[[Sequence[Levels]], np.ndarray]:
+    r"""As `losses_of` on int32[b, t] tokens, but a candidate is compared with the dense model instead of with the text.
 
     .. math:: \ell(c) = \ell(\text{dense}) + \mathrm{KL}(p_\text{dense} \,\|\, p_c)
 
@@ -215,27 +208,22 @@ def divergences_of(
     the next tokens, without the chance of which ones the text has.
 
     Args:
-      params, cfg, db, at_once, microbatch, devices: as in `losses_of`.
+      params, cfg, db, microbatch, options: as in `losses_of`.
+      tokens: the text, of which the dense model's residual stream is kept.
     """
-    dense = jax.jit(lambda params, tokens: hidden(params, tokens, cfg, microbatch=microbatch))
-    own = jax.jit(lambda params, tokens: loss_fn(cfg, remat=False, microbatch=microbatch)(params, {}, tokens).mean())
+    tokens = spread(params, tokens)
+
+    @jax.jit
+    def of_dense(params, tokens):
+        x = hidden(params, tokens[:, :-1], cfg, microbatch=microbatch)
+        return x, token_losses(params, x, tokens[:, 1:], cfg).mean()
 
     def one(constants, levels):
-        params, weights, read, states = constants
+        params, weights, tokens, dense = constants
         candidate = chosen(params, db._replace(weights=weights), cfg, levels)
-        x = hidden(candidate, read, cfg, microbatch=microbatch)
-        return logit_divergence(candidate, x, cfg, params, states, cfg).mean()
+        x = hidden(candidate, tokens[:, :-1], cfg, microbatch=microbatch)
+        return token_kl(params, dense, candidate, x, cfg).mean()
 
-    measure = over_devices(one, at_once, devices, params)
-
-    @functools.lru_cache(maxsize=1)  # a search asks for the same text again and again
-    def text(data: bytes, shape: tuple[int, ...]) -> tuple[Any, Any, float]:
-        tokens = spread(params, np.frombuffer(data, np.int32).reshape(shape))
-        return tokens[:, :-1], dense(params, tokens[:, :-1]), float(own(params, tokens))
-
-    def losses(candidates: Sequence[Levels], tokens: Any) -> np.ndarray:
-        tokens = np.asarray(tokens, np.int32)
-        read, states, start = text(tokens.tobytes(), tokens.shape)
-        return np.round(start + measure((params, db.weights, read, states), list(map(as_arrays, candidates))), DIGITS)
-
-    return losses
+    dense, loss = of_dense(params, tokens)
+    measure, constants = over_devices(one, params=params, **options), (params, db.weights, tokens, dense)
+    return lambda candidates: np.round(float(loss) + measure(constants, list(map(as_arrays, candidates))), DIGITS)

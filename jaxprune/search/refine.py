@@ -1,8 +1,8 @@
 """Our search over widths: the knapsack of the recipe, then exchanges of width between sublayers that lower the loss."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -13,10 +13,11 @@ from jaxprune.models import LlamaConfig, PerLayer
 from jaxprune.plan import Widths
 from jaxprune.search import database
 from jaxprune.search._loop import Problem
-from jaxprune.search.database import Database, Levels, Losses
+from jaxprune.search.database import Database, Levels
 from jaxprune.search.points import Point
 from jaxprune.search.sizes import Window
 
+Measure: TypeAlias = Callable[[Sequence[Levels]], np.ndarray]
 POWERS, ATTENTION = (0.7, 0.85, 1.0), (1.0, 1.5)  # of the knapsacks that generation 0 is made of
 
 
@@ -45,8 +46,7 @@ class Refinement:
 def problem(
     cfg: LlamaConfig,
     db: Database,
-    measure: Losses,
-    tokens: Any,
+    measure: Measure,
     curves: PerLayer,
     window: Window,
     constraints: Constraints,
@@ -61,8 +61,7 @@ def problem(
     Args:
       cfg: the dense model.
       db: the sublayers at every width.
-      measure: `database.divergences_of` it, or `database.losses_of`.
-      tokens: int32[b, t] that candidates are measured on.
+      measure: losses of candidates, such as `database.divergences_of`.
       curves: per layer, axis letter -> float32[units], sorted losses of each width, as the scorer of the recipe gives them.
       window: allowed sizes.
       constraints: which layers and units may go.
@@ -95,7 +94,7 @@ def problem(
         return [levels for levels in made if levels is not None]
 
     return Problem(
-        losses=lambda candidates: measure(candidates, tokens),
+        losses=measure,
         vary=vary,
         cost=cost,
         plan=lambda levels: database.plan(db, levels),
@@ -165,8 +164,7 @@ def widened(db: Database, cfg: LlamaConfig, window: Window) -> Window:
 def at_other_sizes(
     cfg: LlamaConfig,
     db: Database,
-    measure: Losses,
-    tokens: Any,
+    measure: Measure,
     curves: PerLayer,
     window: Window,
     constraints: Constraints,
@@ -178,6 +176,6 @@ def at_other_sizes(
     for part in (0.5, 0.75, 1.25, 1.5):
         if part * removed <= most:
             levels = nearest(db, lagrangian(1.0, ATTENTION[-1])(curves, cfg, round(part * removed), constraints))
-            loss = float(measure([levels], tokens)[0])
+            loss = float(measure([levels])[0])
             found.append(Point(loss, window.cost(config(db, cfg, levels)), database.plan(db, levels), "knapsack, another size"))
     return found

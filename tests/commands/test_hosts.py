@@ -17,7 +17,7 @@ from jaxprune import folder, models
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 40
 MESH = ("--mesh", "fsdp=4,tensor=2")  # both processes are needed for every matrix
-LIMIT = 480  # seconds
+LIMIT = 240  # seconds
 
 
 @contextlib.contextmanager

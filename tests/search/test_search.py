@@ -70,7 +70,7 @@ def test_a_candidate_of_the_database_is_the_model_fitted_sublayer_by_sublayer(db
 def test_a_divergence_is_what_a_candidate_loses_where_the_dense_model_writes_the_text(db):
     levels = ({"k": 1, "f": 2}, {"k": 0, "f": 0}, {"k": 2, "f": 1})
     whole = ({"k": 0, "f": 0},) * 3
-    found = database.divergences_of(PARAMS, CFG, db)([levels, whole], TOKENS)
+    found = database.divergences_of(PARAMS, CFG, db, TOKENS)([levels, whole])
     candidate = database.chosen(PARAMS, db, CFG, jax.tree.map(jnp.asarray, database.as_arrays(levels)))
     p, q = (jax.nn.log_softmax(models.apply(x, TOKENS[:, :-1], CFG)) for x in (PARAMS, candidate))
     dense = mean_loss(PARAMS, CFG)
@@ -255,7 +255,7 @@ def test_exchanges_keep_the_size_and_beat_where_they_start(db):
     recipe = allocate.local(SCORES, CFG, round(0.3 * CFG.decoder_parameters), FREE)
     schedule = refine.Refinement(generations=3, offspring=4)
     losses = database.losses_of(PARAMS, CFG, db)
-    problem = refine.problem(CFG, db, losses, TOKENS, curves, window, FREE, schedule, recipe)
+    problem = refine.problem(CFG, db, lambda some: losses(some, TOKENS), curves, window, FREE, schedule, recipe)
     found = _loop.evolve(problem, generations=3, keep=2, seed=0, settings={})
     allowed = refine.widened(db, CFG, window)
     assert all(allowed.holds(p.cost) for p in found.points)
