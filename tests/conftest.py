@@ -23,8 +23,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     import jax
 
     quick = item.get_closest_marker("real") is None
-    jax.config.update("jax_disable_most_optimizations", quick)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))  # of processes that tests start
+    name, value = "JAX_DISABLE_MOST_OPTIMIZATIONS", str(int(quick))
+    if os.environ.get(name) != value:
+        jax.clear_caches()  # of what was compiled otherwise, such as by modules when they were read
+    jax.config.update(name.lower(), quick)
+    os.environ[name] = value  # of processes that tests start
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
