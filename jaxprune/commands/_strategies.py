@@ -108,7 +108,7 @@ def search_auto(task: Task) -> Outcome:
     if task.effort.generations is not None:
         schedule = dataclasses.replace(schedule, generations=task.effort.generations)
     problem = refine.problem(cfg, db, measure, scores, window, task.constraints, schedule, recipe)
-    found = _evolved(task, problem, schedule)
+    found = _evolved(task, problem, schedule.generations)
     others = refine.at_other_sizes(cfg, db, measure, scores, window, task.constraints, recipe)
     start, best = refine.start(cfg, db, window, recipe), found.best[0][1]
     whole = tuple({a: 0 for a in layer} for layer in db.counts)
@@ -163,20 +163,20 @@ def search_evolution(task: Task) -> Outcome:
     problem = evolution.problem(
         cfg, start, lambda plans: losses(plans, task.fitness), window, task.constraints, schedule, limits
     )
-    found = _evolved(task, problem, schedule)
+    found = _evolved(task, problem, schedule.generations, schedule.keep)
     return _compared(task, losses, start, found.best[0][1], found.points)
 
 
-def _evolved(task: Task, problem: _loop.Problem, schedule: evolution.Evolution | refine.Refinement) -> _loop.Found:
+def _evolved(task: Task, problem: _loop.Problem, generations: int, keep: int | None = None) -> _loop.Found:
     """Runs the loop, or goes on with it, and shows the front after each generation."""
 
     def show(generation: int, found: _loop.Found) -> None:
         best = f"best loss {found.best[0][0]:.4f}, {len(found.points)} candidates"
-        say(f"generation {generation} of {schedule.generations}: {best}")
+        say(f"generation {generation} of {generations}: {best}")
         say(table(points.rows(points.front(found.points), task.window.unit)))
 
     return _loop.evolve(
-        problem, generations=schedule.generations, keep=schedule.keep, seed=task.settings.seed, settings=task.record,
+        problem, generations=generations, keep=keep, seed=task.settings.seed, settings=task.record,
         checkpoint=task.out / "search.json", on_generation=show,
     )  # fmt: skip
 
