@@ -3,10 +3,9 @@
     python benchmarks/search_speed.py [--model smollm2] [--candidates 12] [--json FILE]
 
 Candidates are random allocations at 20 % of the decoder, all layers of different widths as searches make them; each is measured
-on the same tokens. By gates and by cutting that is the loss, by the database the divergence from the dense model, as `auto`
-measures it. `cut` slices the model and measures the slices, whose shapes are a program to compile each time. The one program of
-the other two is compiled once in a search: `first` is that and its first candidate. What is saved is compilation, so with more
-tokens, whose forward pass all ways share, the ratio falls.
+on the same tokens. `cut` slices the model and measures the slices, whose shapes are a program to compile each time. The one
+program of the other two is compiled once in a search: `first` is that and its first candidate. What is saved is compilation,
+so with more tokens, whose forward pass all ways share, the ratio falls.
 
 2026-11-22, 2 cores, idle:
 
@@ -68,7 +67,7 @@ def main(args: Args) -> None:
 
     plans = [candidate() for _ in range(args.candidates)]
     db = database.build(params, cfg, scores, [tokens], constraints, levels=8)
-    by_database, by_gates = database.divergences_of(params, cfg, db, tokens), gate_fitness(params, cfg, tokens)
+    by_database, by_gates = database.losses_of(params, cfg, db), gate_fitness(params, cfg, tokens)
     levels = [tuple({a: int(rng.integers(len(c))) for a, c in layer.items()} for layer in db.counts) for _ in plans]
 
     def cut(p: plan.Plan) -> float:
@@ -82,10 +81,10 @@ def main(args: Args) -> None:
             measure(x)
         return (time.perf_counter() - begin) / len(each)
 
-    first = [timed(lambda x: by_gates([x]), plans[:1]), timed(lambda x: by_database([x]), levels[:1]), 0.0]
+    first = [timed(lambda x: by_gates([x]), plans[:1]), timed(lambda x: by_database([x], tokens), levels[:1]), 0.0]
     seconds = [
         timed(lambda x: by_gates([x]), plans),
-        timed(lambda x: by_database([x]), levels),
+        timed(lambda x: by_database([x], tokens), levels),
         timed(cut, plans[: args.rebuilt]),
     ]
     np.testing.assert_allclose(by_gates(plans[:1]), cut(plans[0]), rtol=1e-4)

@@ -86,7 +86,7 @@ class Outcome(NamedTuple):
     Attributes:
       dense: loss of the dense model on the text of the search.
       baseline, best: plans.
-      held_out: their losses, next tokens as the text has them, on text that the search has not seen.
+      held_out: their losses on text that the search has not seen.
       points: all candidates.
     """
 
@@ -102,17 +102,20 @@ def search_auto(task: Task) -> Outcome:
     scores = _scores(task, methods.find(methods.DEFAULT).scorer)
     recipe = _narrow.widths(_recipe(task, scores), cfg)
     db = database.build(params, cfg, scores, pipeline.batches(task.tokens, params), task.constraints, progress=progress)
-    how: Any = dict(at_once=task.effort.at_once, microbatch=task.microbatch)
-    measure = database.divergences_of(params, cfg, db, task.fitness, **how)
+    losses = database.losses_of(params, cfg, db, at_once=task.effort.at_once, microbatch=task.microbatch)
+
+    def measure(candidates: Sequence[database.Levels]) -> np.ndarray:
+        return losses(candidates, task.fitness)
+
     schedule = refine.Refinement()
     if task.effort.generations is not None:
         schedule = dataclasses.replace(schedule, generations=task.effort.generations)
     problem = refine.problem(cfg, db, measure, scores, window, task.constraints, schedule, recipe)
-    found = _evolved(task, problem, schedule.generations)
+    found = _evolved(task, problem, schedule)
     others = refine.at_other_sizes(cfg, db, measure, scores, window, task.constraints, recipe)
     start, best = refine.start(cfg, db, window, recipe), found.best[0][1]
     whole = tuple({a: 0 for a in layer} for layer in db.counts)
-    dense, (first, second) = measure([whole])[0], database.losses_of(params, cfg, db, **how)([start, best], task.held_out)
+    dense, (first, second) = measure([whole])[0], losses([start, best], task.held_out)
     baseline, chosen = (_exact(task, problem.plan(levels), scores) for levels in (start, best))
     return Outcome(float(dense), baseline, chosen, (float(first), float(second)), others + found.points)
 
@@ -163,20 +166,20 @@ def search_evolution(task: Task) -> Outcome:
     problem = evolution.problem(
         cfg, start, lambda plans: losses(plans, task.fitness), window, task.constraints, schedule, limits
     )
-    found = _evolved(task, problem, schedule.generations, schedule.keep)
+    found = _evolved(task, problem, schedule)
     return _compared(task, losses, start, found.best[0][1], found.points)
 
 
-def _evolved(task: Task, problem: _loop.Problem, generations: int, keep: int | None = None) -> _loop.Found:
+def _evolved(task: Task, problem: _loop.Problem, schedule: evolution.Evolution | refine.Refinement) -> _loop.Found:
     """Runs the loop, or goes on with it, and shows the front after each generation."""
 
     def show(generation: int, found: _loop.Found) -> None:
         best = f"best loss {found.best[0][0]:.4f}, {len(found.points)} candidates"
-        say(f"generation {generation} of {generations}: {best}")
+        say(f"generation {generation} of {schedule.generations}: {best}")
         say(table(points.rows(points.front(found.points), task.window.unit)))
 
     return _loop.evolve(
-        problem, generations=generations, keep=keep, seed=task.settings.seed, settings=task.record,
+        problem, generations=schedule.generations, keep=schedule.keep, seed=task.settings.seed, settings=task.record,
         checkpoint=task.out / "search.json", on_generation=show,
     )  # fmt: skip
 

@@ -20,14 +20,14 @@ class Problem(NamedTuple):
 
     Attributes:
       losses: candidates -> float[candidates]; lower is better.
-      vary: (losses and candidates that were kept, best first, or none; generator) -> new candidates, all of an allowed size.
+      vary: (best candidates so far, best first, or none; generator) -> new candidates, all of an allowed size.
       cost: size of a candidate.
       plan: what it keeps.
       encode, decode: to and from what JSON can hold.
     """
 
     losses: Callable[[Sequence[Candidate]], np.ndarray]
-    vary: Callable[[Sequence[tuple[float, Candidate]], np.random.Generator], list[Candidate]]
+    vary: Callable[[Sequence[Candidate], np.random.Generator], list[Candidate]]
     cost: Callable[[Candidate], float]
     plan: Callable[[Candidate], Plan]
     encode: Callable[[Candidate], Any]
@@ -45,13 +45,13 @@ def evolve(
     problem: Problem,
     *,
     generations: int,
-    keep: int | None,
+    keep: int,
     seed: int,
     settings: dict[str, Any],
     checkpoint: Path | None = None,
     on_generation: Callable[[int, Found], None] = lambda generation, found: None,
 ) -> Found:
-    """Evolves candidates. Generation 0 is what `vary` makes of none.
+    """Evolves candidates. Generation 0 is what `vary` makes of no parents.
 
     Random numbers of a generation depend on `seed` and its number alone, so a search that goes on from a checkpoint finds what
     it would have found without the interruption. No candidate is measured twice.
@@ -59,7 +59,7 @@ def evolve(
     Args:
       problem: see there.
       generations: after generation 0.
-      keep: best candidates that `vary` is given, or None for all.
+      keep: best candidates that the next generation comes from.
       seed: of random numbers.
       settings: all that the result depends on; a checkpoint of others is refused.
       checkpoint: file that the first process writes after each generation and all go on from if it is there, or None.
@@ -78,10 +78,11 @@ def evolve(
         done, found = state["generation"], _decoded(state, problem)
     for generation in range(done + 1, generations + 1):
         rng = np.random.default_rng([seed, generation])
-        candidates = problem.vary(found.best, rng)
-        known = {_key(problem.encode(c)) for _, c in found.best}
+        parents = [candidate for _, candidate in found.best]
+        candidates = problem.vary(parents, rng)
+        known = {_key(problem.encode(c)) for c in parents}
         fresh = list({_key(problem.encode(c)): c for c in candidates if _key(problem.encode(c)) not in known}.values())
-        if not (fresh or found.best):
+        if not (fresh or parents):
             raise ValueError("search: no candidate of the asked size was found; widen the space or allow other sizes")
         losses = problem.losses(fresh) if fresh else np.zeros(0)
         pairs = sorted([*found.best, *zip(losses.tolist(), fresh, strict=True)], key=lambda pair: pair[0])[:keep]

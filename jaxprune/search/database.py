@@ -11,13 +11,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxprune._beside import home, spread
 from jaxprune._constraints import Constraints, full_widths
 from jaxprune._losses import Progress
-from jaxprune.models import LlamaConfig, Params, PerLayer, hidden, loss_fn, observe, token_kl, token_losses
+from jaxprune.models import LlamaConfig, Params, PerLayer, loss_fn, observe
 from jaxprune.models._mesh import on_host
 from jaxprune.models.axes import OUTPUT
 from jaxprune.plan import Plan, Widths
 from jaxprune.recovery import nested_least_squares
 from jaxprune.scorers._sites import grams
-from jaxprune.search.fitness import DIGITS, over_devices
+from jaxprune.search.fitness import over_devices
 from jaxprune.sharding import on_mesh
 
 Levels: TypeAlias = PerLayer  # of int: which of a sublayer's counts is taken
@@ -195,35 +195,3 @@ def losses_of(
 
     measure = over_devices(one, at_once, devices, params)
     return lambda candidates, tokens: measure((params, db.weights, spread(params, tokens)), list(map(as_arrays, candidates)))
-
-
-def divergences_of(
-    params: Params, cfg: LlamaConfig, db: Database, tokens: Any, *, microbatch: int | None = None, **options: Any
-) -> Callable[[Sequence[Levels]], np.ndarray]:
-    r"""As `losses_of` on int32[b, t] tokens, but a candidate is compared with the dense model instead of with the text.
-
-    .. math:: \ell(c) = \ell(\text{dense}) + \mathrm{KL}(p_\text{dense} \,\|\, p_c)
-
-    The divergence is the mean over positions: what a candidate's loss is above the dense model's where the dense model draws
-    the next tokens, without the chance of which ones the text has.
-
-    Args:
-      params, cfg, db, microbatch, options: as in `losses_of`.
-      tokens: the text, of which the dense model's residual stream is kept.
-    """
-    tokens = spread(params, tokens)
-
-    @jax.jit
-    def of_dense(params, tokens):
-        x = hidden(params, tokens[:, :-1], cfg, microbatch=microbatch)
-        return x, token_losses(params, x, tokens[:, 1:], cfg).mean()
-
-    def one(constants, levels):
-        params, weights, tokens, dense = constants
-        candidate = chosen(params, db._replace(weights=weights), cfg, levels)
-        x = hidden(candidate, tokens[:, :-1], cfg, microbatch=microbatch)
-        return token_kl(params, dense, candidate, x, cfg).mean()
-
-    dense, loss = of_dense(params, tokens)
-    measure, constants = over_devices(one, params=params, **options), (params, db.weights, tokens, dense)
-    return lambda candidates: np.round(float(loss) + measure(constants, list(map(as_arrays, candidates))), DIGITS)

@@ -138,9 +138,7 @@ def problem(
         keep = tuple(x if rng.random() < 0.5 else y for x, y in zip(a.keep, b.keep, strict=True))
         return sized(Plan(keep, a.sizes), rng)
 
-    def vary(best: Sequence[tuple[float, Plan]], rng: np.random.Generator) -> list[Plan]:
-        parents = [plan for _, plan in best]
-
+    def vary(parents: Sequence[Plan], rng: np.random.Generator) -> list[Plan]:
         def one() -> Plan:
             return parents[int(rng.integers(len(parents)))]
 

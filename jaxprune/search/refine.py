@@ -28,19 +28,17 @@ class Refinement:
     Attributes:
       generations: after generation 0.
       offspring: candidates of a generation.
-      parents: best candidates that the next generation comes from.
-      proposals: children that are drawn for a generation; those that lose least by `surrogate` are its candidates.
-      exchanges: at most so many sublayers are narrowed, and as many widened, in one child.
+      keep: best candidates that the next generation comes from.
+      exchanges: at most so many sublayers are narrowed, and as many widened, in one candidate.
     """
 
-    generations: int = 20
-    offspring: int = 4
-    parents: int = 4
-    proposals: int = 300
+    generations: int = 10
+    offspring: int = 8
+    keep: int = 2
     exchanges: int = 3
 
     def __post_init__(self):
-        for name, least in dict(generations=0, offspring=1, parents=1, proposals=1, exchanges=1).items():
+        for name, least in dict(generations=0, offspring=1, keep=1, exchanges=1).items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)} given; it must be at least {least}")
 
@@ -58,13 +56,12 @@ def problem(
     r"""Evolution of widths: which units go at each width, and how the others make up for it, is fixed in the database.
 
     Generation 0 is the recipe's allocation and the knapsacks of several powers and factors (`allocate.lagrangian`). A child
-    narrows a few sublayers of its parent by a level and widens others until the size is allowed again. Of many children those
-    are measured that lose least by `surrogate`, a model of all that was measured so far.
+    narrows a few sublayers of its parent by a level and widens others until the size is allowed again.
 
     Args:
       cfg: the dense model.
       db: the sublayers at every width.
-      measure: losses of candidates, such as `database.divergences_of`.
+      measure: losses of candidates, such as those of `database.losses_of` on a text.
       curves: per layer, axis letter -> float32[units], sorted losses of each width, as the scorer of the recipe gives them.
       window: allowed sizes.
       constraints: which layers and units may go.
@@ -73,9 +70,7 @@ def problem(
 
     Reference: level switches over a database of compressed layers are of Sieberling et al., `EvoPress
     <https://arxiv.org/abs/2410.14649>`_, 2024, section 3. Here the levels of a sublayer are widths, exchanges keep a size that
-    any cost may define, all candidates are measured on the same tokens, the knapsack comes first, and which children are
-    measured is pre-selection by a surrogate as in Jin, `Surrogate-assisted evolutionary computation
-    <https://doi.org/10.1016/j.swevo.2011.05.001>`_, 2011.
+    any cost may define, all candidates are measured on the same tokens, and the knapsack comes first.
     """
     movable, allowed = movable_in(db), widened(db, cfg, window)
 
@@ -89,21 +84,14 @@ def problem(
                 levels = moved(db, levels, movable[int(rng.integers(len(movable)))], by)
         return sized(db, cfg, allowed, levels, rng)
 
-    def vary(measured: Sequence[tuple[float, Levels]], rng: np.random.Generator) -> list[Levels]:
-        if not measured:
+    def vary(parents: Sequence[Levels], rng: np.random.Generator) -> list[Levels]:
+        if parents:
+            made = [child(parents[int(rng.integers(len(parents)))], rng) for _ in range(settings.offspring)]
+        else:
             budget = cfg.decoder_parameters - config(db, cfg, nearest(db, recipe)).decoder_parameters
             widths = [lagrangian(p, a)(curves, cfg, budget, constraints) for p in POWERS for a in ATTENTION]
             made = [start(cfg, db, window, recipe), *(sized(db, cfg, allowed, nearest(db, w), rng) for w in widths)]
-            return [levels for levels in made if levels is not None]
-        known = [levels for _, levels in measured]
-        parents = min(settings.parents, len(known))
-        for _ in range(settings.proposals):
-            levels = child(known[int(rng.integers(parents))], rng)
-            if levels is not None and levels not in known:
-                known.append(levels)
-        new = known[len(measured) :]
-        order = np.argsort(surrogate(measured, new), kind="stable")[: settings.offspring]
-        return [new[j] for j in order]
+        return [levels for levels in made if levels is not None]
 
     return Problem(
         losses=measure,
@@ -113,38 +101,6 @@ def problem(
         encode=lambda levels: [{a: int(j) for a, j in layer.items()} for layer in levels],
         decode=tuple,
     )
-
-
-def surrogate(measured: Sequence[tuple[float, Levels]], candidates: Sequence[Levels], ridge: float = 0.3) -> np.ndarray:
-    r"""What candidates are expected to lose against the best measured one, in nats a token, by ridge regression on levels.
-
-    .. math:: \hat\beta = \arg\min_\beta \sum_n \left(\frac{\ell_n - x_n^\top \beta}{|x_n|}\right)^2 + \lambda |\beta|^2
-
-    with :math:`x_n` the levels of a measured candidate and :math:`\ell_n` its loss, both less those of the best one. One that
-    is far from the best says less about a step, so each is divided by its distance.
-
-    Args:
-      measured: losses in nats a token and levels, best first.
-      candidates: levels.
-      ridge: lambda.
-
-    >>> from jaxprune.search import refine
-    >>> measured = [(1.0, ({"k": 0, "f": 2},)), (1.5, ({"k": 0, "f": 3},)), (1.5, ({"k": 0, "f": 4},))]
-    >>> more, fewer = refine.surrogate(measured, [({"k": 0, "f": 3},), ({"k": 0, "f": 1},)])
-    >>> bool(more > 0 > fewer)
-    True
-    """
-    best, origin = measured[0]
-
-    def steps(some: Sequence[Levels]) -> np.ndarray:
-        flat = [[layer[a] for layer in levels for a in sorted(layer)] for levels in (origin, *some)]
-        return np.array(flat[1:], float).reshape(len(some), len(flat[0])) - np.array(flat[0])
-
-    others = [pair for pair in measured[1:] if np.isfinite(pair[0])]
-    x = steps([levels for _, levels in others])
-    norms = np.linalg.norm(x, axis=1, keepdims=True)
-    x, y = x / norms, (np.array([loss for loss, _ in others]) - best) / norms[:, 0]
-    return steps(candidates) @ np.linalg.solve(x.T @ x + ridge * np.eye(x.shape[1]), x.T @ y)
 
 
 def nearest(db: Database, widths: Widths) -> Levels:
