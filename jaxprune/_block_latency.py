@@ -64,7 +64,7 @@ class Table(NamedTuple):
     outside: float
     blocks: dict[str, list[list[float]]]
 
-    def block(self, kind: str, width: int) -> float:
+    def block(self, kind: str, width: float | int) -> float:
         """Seconds of a sublayer, linear between the widths that were measured; nothing takes no time."""
         found = self.blocks[kind]
         return float(np.interp(width, [w for w, _ in found], [s for _, s in found]))
@@ -117,7 +117,8 @@ def _blocks(table: Table, cfg: LlamaConfig) -> float:
     total = 0.0
     for run in cfg.runs:
         alone, dims = run.length == 1, run.dims
-        each = table.block(_kind(dims, "k", alone), dims.kv_heads) if dims.kv_heads else 0.0
+        groups = dims.kv_heads * cfg.sizes(dims)["h"] / cfg.head_dim  # of whole heads
+        each = table.block(_kind(dims, "k", alone), groups) if groups else 0.0
         total += run.length * (each + (table.block(_kind(dims, "f", alone), dims.ff) if dims.ff else 0.0))
     return total
 

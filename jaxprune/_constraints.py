@@ -35,8 +35,11 @@ class Constraints:
         for name in ("multiple_of", "kv_multiple_of"):
             if (number := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: {number} given; ask for at least 1")
-        if not self.units or set(self.units) - set("kf") and self.units != "i":
-            raise ValueError(f"units: {self.units!r} given; allowed are k (KV groups), f (MLP channels) or both; i (of Mamba)")
+        if not self.units or set(self.units) - set("kf") and self.units not in ("i", "h", "hf"):
+            raise ValueError(
+                f"units: {self.units!r} given; allowed are k (KV groups), f (MLP channels) or both; h (rotary pairs) or hf; "
+                "i (of Mamba)"
+            )
 
     def chosen(self, cfg: Config) -> range:
         """The layers that may be pruned.
@@ -54,7 +57,7 @@ class Constraints:
 
     def step(self, axis: str) -> int:
         """What widths on an axis are multiples of."""
-        return self.kv_multiple_of if axis == "k" else self.multiple_of
+        return dict(k=self.kv_multiple_of, h=1).get(axis, self.multiple_of)
 
     def groups(self, have: int, drop: int) -> int:
         """KV groups that a layer keeps which could lose `drop` of them: a multiple, or all."""
@@ -64,6 +67,8 @@ class Constraints:
         """The least number of units that a layer with `have` of them keeps on an axis: a multiple, at least one."""
         if axis == "k":
             return self.groups(have, have)
+        if axis == "h":
+            return min(1, have)
         step, whole = self.multiple_of, self.channels[layer] if self.channels else have
         return min(max(step, math.ceil(self.min_kept * whole / step) * step), have)
 

@@ -86,7 +86,7 @@ def memory(limit: float | int, dtype: Any = "float32", batch: int = 1, context: 
     size = jnp.dtype(dtype).itemsize
 
     def cost(cfg: LlamaConfig) -> float:
-        cached = 2 * batch * context * cfg.head_dim * sum(dims.kv_heads for dims in cfg.layers)
+        cached = 2 * batch * context * sum(dims.kv_heads * cfg.sizes(dims)["h"] for dims in cfg.layers)
         return float(size * (count_parameters(cfg) + cached))
 
     return Target("memory", limit, cost, given=dict(dtype=jnp.dtype(dtype).name, batch=batch, context=context))

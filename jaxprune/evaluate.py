@@ -141,8 +141,8 @@ def flops_per_token(cfg: Config, context: int) -> int:
     matrices = 2 * (cfg.decoder_parameters + cfg.d * cfg.vocab)
     if isinstance(cfg, MambaConfig):
         return matrices + sum((2 * cfg.conv + 9 * cfg.state) * dims.inner for dims in cfg.layers)
-    seen = [dims.kv_heads * dims.q_per_kv * min(context, w or context) for dims, w in zip(cfg.layers, cfg.windows, strict=True)]
-    return matrices + 4 * cfg.head_dim * sum(seen)
+    attentions = zip(map(cfg.sizes, cfg.layers), cfg.windows, strict=True)
+    return matrices + 4 * sum(of["k"] * of["g"] * of["h"] * min(context, w or context) for of, w in attentions)
 
 
 def evaluate(

@@ -10,7 +10,7 @@ import numpy as np
 from jaxprune.models import Config, PerLayer, unit_counts
 
 Widths: TypeAlias = PerLayer  # of int: units to keep
-AXES = "kfid"
+AXES = "kfihd"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -18,9 +18,9 @@ class Plan:
     """The kept units of every layer: immutable, sorted, equal and hashed by content.
 
     Attributes:
-      keep: per layer, axis letter (`k` KV group, `f` MLP channel, `i` inner channel of Mamba, `d` residual
-        channel) -> sorted int64 indices. An absent
-        letter keeps everything; an empty array removes the sublayer. `d` is the same in every layer or absent.
+      keep: per layer, axis letter (`k` KV group, `h` rotary pair of all heads, `f` MLP channel, `i` inner channel of Mamba,
+        `d` residual channel) -> sorted int64 indices. An absent letter keeps everything; an empty array removes the sublayer.
+        `d` is the same in every layer or absent.
       sizes: per layer, axis letter -> number of units of the model that the plan is for.
 
     Raises:

@@ -111,7 +111,7 @@ def _rotation(cfg: Config) -> tuple[bool, int | None]:
 def _check_shapes(small_cfg: Config, want: Config) -> None:
     shapes = [
         {name: getattr(cfg, name) for name in FIXED if hasattr(cfg, name)}
-        | {f"layer {i}": tuple(dims) for i, dims in enumerate(cfg.layers)}
+        | {f"layer {i}": tuple(x for x in dims if x is not None) for i, dims in enumerate(cfg.layers)}
         for cfg in (small_cfg, want)
     ]
     for name in shapes[0] | shapes[1]:

@@ -12,7 +12,7 @@ from jaxprune._figures import before_after_figure, loss_figure, widths_figure
 from jaxprune._files import atomic_bytes, atomic_text
 from jaxprune._metrics import rows
 from jaxprune._scores_figure import scores_figure
-from jaxprune.models import LlamaConfig
+from jaxprune.models import LayerDims, LlamaConfig
 
 if typing.TYPE_CHECKING:
     import matplotlib.figure
@@ -84,16 +84,23 @@ def layer_rows(dense_cfg: LlamaConfig, pruned_cfg: LlamaConfig) -> list[dict[str
     >>> layer_rows(dense, pruned)
     [{'layer': 0, 'KV groups': '1 of 2', 'query heads': '2 of 4', 'MLP channels': '40 of 48', 'parameters kept': '70.0 %'}]
     """
+    paired = any(dims.pairs is not None for dims in (*dense_cfg.layers, *pruned_cfg.layers))
     return [
         {
             "layer": i,
             "KV groups": f"{after.kv_heads} of {before.kv_heads}",
             "query heads": f"{after.kv_heads * after.q_per_kv} of {before.kv_heads * before.q_per_kv}",
+            **(_head(before, after, dense_cfg) if paired else {}),
             "MLP channels": f"{after.ff} of {before.ff}",
             "parameters kept": _share(pruned_cfg.matrix_parameters(after), dense_cfg.matrix_parameters(before)),
         }
         for i, (before, after) in enumerate(zip(dense_cfg.layers, pruned_cfg.layers, strict=True))
     ]
+
+
+def _head(before: LayerDims, after: LayerDims, cfg: LlamaConfig) -> dict[str, str]:
+    left, had = (cfg.sizes(dims)["h"] if dims.kv_heads else 0 for dims in (after, before))
+    return {"head dimensions": f"{left} of {had}"}
 
 
 def _share(part: int, whole: int) -> str:

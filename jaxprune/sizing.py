@@ -179,4 +179,4 @@ def _reconstruct(params: Any, tokens: Any, cfg: LlamaConfig, mesh: Mesh) -> Any:
     whole = NamedSharding(mesh, PartitionSpec())
     sums = Sums(*(jax.ShapeDtypeStruct((m, n), jnp.float32, sharding=whole) for m in (n, cfg.d)))
     index = jax.ShapeDtypeStruct((n,), jnp.int32)
-    return add_sums.lower(p, kept, index, "f", stream, stream, sums, "residual", cfg)
+    return add_sums.lower(p, kept, index, None, "f", stream, stream, sums, "residual", cfg)

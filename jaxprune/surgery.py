@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune import _beside
-from jaxprune.models import Config, MambaConfig, Params, Probes, axes, probes, unit_counts
+from jaxprune.models import Config, LayerDims, LlamaConfig, MambaConfig, Params, Probes, axes, probes, unit_counts
 from jaxprune.models._mesh import on_host
 from jaxprune.models._runs import places
+from jaxprune.models.units import positions
 from jaxprune.plan import Plan
 
 
@@ -23,6 +24,8 @@ def pruned_config(cfg: Config, plan: Plan) -> Any:
     plan.check(cfg)
 
     small = cfg.with_widths([{a: len(x) for a, x in keep.items()} for keep in plan.keep])
+    if isinstance(small, LlamaConfig) and any("h" in keep for keep in plan.keep):
+        small = dataclasses.replace(small, layers=tuple(map(_with_pairs, small.layers, plan.keep, plan.sizes)))
     if not any(unit_counts(small)):
         raise ValueError("plan: it removes every layer; keep at least one unit")
     d = len(plan.keep[0]["d"]) if "d" in plan.keep[0] else cfg.d
@@ -33,12 +36,22 @@ def pruned_config(cfg: Config, plan: Plan) -> Any:
     return dataclasses.replace(small, d=d)
 
 
+def _with_pairs(dims: LayerDims, keep: dict, sizes: dict[str, int]) -> LayerDims:
+    """The widths of a layer, of whose rotary pairs `keep` names those that stay; without any its attention is gone."""
+    if "h" not in keep or len(keep["h"]) == sizes["h"]:
+        return dims
+    if not len(keep["h"]) or not dims.kv_heads:
+        return dims._replace(kv_heads=0, q_per_kv=0, pairs=None)
+    have = range(sizes["h"]) if dims.pairs is None else dims.pairs
+    return dims._replace(pairs=tuple(have[i] for i in keep["h"]))
+
+
 def take(x: np.ndarray | jax.Array, letters: str, keep: dict) -> np.ndarray:
     """The kept positions of one array whose axes are `letters`, on the host; axes that `keep` does not name stay whole."""
     x = on_host(x)
     for i, axis in enumerate(letters):
         if axis in keep:
-            x = np.take(x, np.asarray(keep[axis], np.int64), axis=i)
+            x = np.take(x, positions(axis, keep[axis], x.shape[i]), axis=i)
     return x
 
 
@@ -135,7 +148,7 @@ def widen(small: Params, cfg: Config, plan: Plan) -> Params:
         wide = np.zeros([size[a] for a in letters], small["embed"].dtype if x is None else x.dtype)
         if x is not None:
             x = on_host(x)
-            index = (np.asarray(keep[a], np.int64) if a in keep else np.arange(size[a]) for a in letters)
+            index = (positions(a, keep[a], size[a]) if a in keep else np.arange(size[a]) for a in letters)
             wide[np.ix_(*index)] = x
         return wide
 

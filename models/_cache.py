@@ -39,7 +39,7 @@ def init_cache(cfg: Config, b: int, length: int, dtype: Any = jnp.float32) -> Ca
     if isinstance(cfg, MambaConfig):
         return mamba.init_cache(cfg, b, dtype)
     return {
-        run.name: {n: jnp.zeros((run.length, b, length, run.dims.kv_heads, cfg.head_dim), dtype) for n in "kv"}
+        run.name: {n: jnp.zeros((run.length, b, length, run.dims.kv_heads, cfg.sizes(run.dims)["h"]), dtype) for n in "kv"}
         for run in cfg.runs
         if run.dims.kv_heads
     }

@@ -89,9 +89,9 @@ def to_hf_config(cfg: Config) -> dict[str, Any]:
       `modeling_jaxprune.py`, which `save` writes beside the weights: transformers loads them with `trust_remote_code=True` and
       refuses the folder without. The widths outside `per_layer_config` are 0, so that a class of transformers that is made to
       read it stops with an error instead of building another model. `jaxprune_shortcuts`, `jaxprune_norm_width`,
-      `jaxprune_qk_norm` and so on are there only if they are set. Tensors are LLaMA's, each array its own, in the order of
-      dimensions that this library computes with. What that file cannot compute, the rotary kind `grid` and the norms and
-      partial rotations of other families, has no `auto_map`.
+      `jaxprune_qk_norm` and so on are there only if they are set, as is `jaxprune_rotary_pairs` of a layer. Tensors are
+      LLaMA's, each array its own, in the order of dimensions that this library computes with. What that file cannot compute,
+      the rotary kind `grid` and the norms and partial rotations of other families, has no `auto_map`.
 
     >>> from jaxprune.models import LayerDims, LlamaConfig, to_hf_config
     >>> cfg = LlamaConfig(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48), LayerDims(1, 3, 40)))
@@ -102,7 +102,7 @@ def to_hf_config(cfg: Config) -> dict[str, Any]:
         return _hf_mamba.to_hf(cfg)
     alive = [dims for dims in cfg.layers if cfg.layer_arrays(dims)]
     rotated = cfg.shortcuts or cfg.norm_width is not None
-    equal = len(set(alive)) == 1 and bool(alive[0].kv_heads and alive[0].ff) and not rotated
+    equal = len(set(alive)) == 1 and bool(alive[0].kv_heads and alive[0].ff) and not rotated and alive[0].pairs is None
     sayable = [f for f in (cfg.family, *LIKE_LLAMA) if equal and can_say(f, cfg, alive[0])]
     family = sayable[0] if sayable else OURS
     table, plain = FAMILIES[family], family != OURS

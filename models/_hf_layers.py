@@ -6,6 +6,7 @@ from jaxprune.models.config import LayerDims
 
 WIDTHS = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 SUBLAYERS = ("attention", "mlp")
+PAIRS = "jaxprune_rotary_pairs"
 
 
 def widths(dims: LayerDims) -> dict[str, int]:
@@ -16,7 +17,8 @@ def widths(dims: LayerDims) -> dict[str, int]:
 def layer_to_hf(dims: LayerDims) -> dict[str, Any]:
     """An entry of `per_layer_config`."""
     skip = [name for name, alive in zip(SUBLAYERS, (dims.kv_heads, dims.ff), strict=True) if not alive]
-    return {key: width for key, width in widths(dims).items() if width} | (dict(skip=skip) if skip else {})
+    pairs = {} if dims.pairs is None else {PAIRS: list(dims.pairs)}
+    return {key: width for key, width in widths(dims).items() if width} | pairs | (dict(skip=skip) if skip else {})
 
 
 def layers_from_hf(config: dict[str, Any], n: int) -> list[LayerDims]:
@@ -32,8 +34,9 @@ def layers_from_hf(config: dict[str, Any], n: int) -> list[LayerDims]:
 
 def layer_from_hf(config: dict[str, Any], layer: dict[str, Any], i: int) -> LayerDims:
     """The widths of layer `i`: those of the model, overridden by its entry in `per_layer_config`."""
-    if unknown := sorted(set(layer) - {*WIDTHS, "skip"}):
-        raise ValueError(f"config.json: per_layer_config of layer {i} sets {unknown[0]!r}; supported are {(*WIDTHS, 'skip')}")
+    known = (*WIDTHS, PAIRS, "skip")
+    if unknown := sorted(set(layer) - set(known)):
+        raise ValueError(f"config.json: per_layer_config of layer {i} sets {unknown[0]!r}; supported are {known}")
     skip = set(layer.get("skip", []))
     if skip - set(SUBLAYERS):
         raise ValueError(f"config.json: per_layer_config of layer {i} skips {sorted(skip)}; supported are {SUBLAYERS}")
@@ -47,7 +50,14 @@ def layer_from_hf(config: dict[str, Any], layer: dict[str, Any], i: int) -> Laye
         raise ValueError(
             f"config.json: layer {i} has {heads} heads for {kv_heads} key/value heads; the first must be a multiple"
         )
-    return LayerDims(kv_heads, heads // kv_heads, ff)
+    return LayerDims(kv_heads, heads // kv_heads, ff, _pairs(layer, i))
+
+
+def _pairs(layer: dict[str, Any], i: int) -> tuple[int, ...] | None:
+    pairs = layer.get(PAIRS)
+    if pairs is not None and (not isinstance(pairs, list) or any(type(pair) is not int for pair in pairs)):
+        raise ValueError(f"config.json: {PAIRS} {pairs!r} of layer {i} given; it must be a list of whole numbers")
+    return None if pairs is None else tuple(pairs)
 
 
 def architecture(config: dict[str, Any]) -> str | None:

@@ -1,7 +1,8 @@
-"""Layers of two kinds in one run: which of them see the sliding window alone is an array beside those of the run.
+"""What a layer has to know beside its parameters, as arrays beside those of its run.
 
-It is a constant of the configuration and no parameter: nothing stores, counts, differentiates or trains it. So layers whose
-kinds alternate are one `lax.scan`.
+They are constants of the configuration and no parameters: nothing stores, counts, differentiates or trains them. Which layers
+see the sliding window alone is one, so that layers whose kinds alternate are one `lax.scan`; which rotary pairs are left is the
+other.
 """
 
 from typing import Any
@@ -12,11 +13,13 @@ import numpy as np
 
 from jaxprune.models._runs import Run
 
-WINDOWED = "windowed"
+WINDOWED, PAIRS = "windowed", "pairs"
 
 
 def told(arrays: dict[str, Any], run: Run) -> dict[str, Any]:
-    """The arrays of a run, with the kinds of its layers beside them, bool[l], if it has attention and a model of two kinds.
+    """The arrays of a run; beside them, where it has attention, the kinds of its layers and their rotary pairs.
+
+    The kinds are bool[l], in a model of two kinds, and the pairs int[l, pairs], where not all are left.
 
     >>> from jaxprune.models import LayerDims, LlamaConfig, _kinds
     >>> shape = dict(vocab=64, d=32, head_dim=8, layers=(LayerDims(2, 2, 48),) * 2)
@@ -24,7 +27,10 @@ def told(arrays: dict[str, Any], run: Run) -> dict[str, Any]:
     >>> _kinds.told({"q": "[l, d, k, g, h]"}, cfg.runs[0])["windowed"].tolist()
     [True, False]
     """
-    return arrays | {WINDOWED: np.array(run.windowed)} if run.windowed and "q" in arrays else arrays
+    if "q" not in arrays:
+        return arrays
+    kinds = {WINDOWED: np.array(run.windowed)} if run.windowed else {}
+    return arrays | kinds | ({} if run.dims.pairs is None else {PAIRS: np.tile(run.dims.pairs, (run.length, 1))})
 
 
 def layer_of(params: Any, run: Run, i: int) -> dict[str, Any]:
@@ -33,6 +39,6 @@ def layer_of(params: Any, run: Run, i: int) -> dict[str, Any]:
 
 
 def rope_of(p: dict, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """The rotary tables [t, h/2] of a layer, out of [2, t, h/2] where those of its kind are the second."""
+    """The rotary tables [t, pairs] of a layer, out of [2, t, h/2] where those of its kind are the second."""
     cos, sin = (jnp.where(p[WINDOWED], x[1], x[0]) if x.ndim == 3 else x for x in rope)
-    return cos, sin
+    return (cos[:, p[PAIRS]], sin[:, p[PAIRS]]) if PAIRS in p else (cos, sin)

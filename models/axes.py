@@ -16,7 +16,7 @@
 
 Removing a unit means taking the kept positions along its letter, in every array whose axes contain that letter. A KV group
 therefore takes its query heads and its rows of `o` with it by construction, and an inner channel of Mamba its convolution
-and its states.
+and its states. Of the head dimension the unit is a rotary pair, two dimensions of every head of a layer.
 
 A model whose residual stream was rotated (SliceGPT) has two matrices more in each layer, its shortcuts: they turn the stream
 from the axes that a sublayer reads into those that it writes.
@@ -39,6 +39,6 @@ INPUT |= dict(in_proj="d", x_proj="i", dt_proj="r", out_proj="i")
 POST_NORM_BEHIND = dict(o="attn_post_norm", down="mlp_post_norm")
 SHORTCUT_BESIDE = dict(o="attn_shortcut", down="mlp_shortcut")
 OUTPUT = dict(k="o", f="down")  # prunable letter -> the projection that reads its units
-UNITS = dict(k="kgh", f="f", i="i", d="d")  # prunable letter -> the letters that a tap on that unit keeps
+UNITS = dict(k="kgh", f="f", i="i", d="d", h="h")  # prunable letter -> the letters that a tap on that unit keeps
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # what `--ratio` counts
 MAMBA_MATRICES = ("in_proj", "x_proj", "dt_proj", "out_proj")  # the same, of Mamba

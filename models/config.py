@@ -17,11 +17,18 @@ class LayerDims(NamedTuple):
       kv_heads: key/value heads (axis `k`).
       q_per_kv: query heads for each key/value head (axis `g`).
       ff: MLP channels (axis `f`).
+      pairs: rotary pairs that every head of the layer still has, ascending, or None for all: pair i is dimensions i and
+        i + head_dim / 2 of the head before anything was cut.
     """
 
     kv_heads: int
     q_per_kv: int
     ff: int
+    pairs: tuple[int, ...] | None = None
+
+    def __repr__(self) -> str:
+        shown = dict(zip(self._fields, self, strict=True))
+        return f"LayerDims({', '.join(f'{name}={value}' for name, value in shown.items() if value is not None)})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,8 +123,26 @@ class LlamaConfig:
             )
         if self.norm_width is not None and self.norm_width < 1:
             raise ValueError(f"norm_width: {self.norm_width} given; it must be at least 1, or None for the width of the stream")
-        if any(n < 0 for dims in self.layers for n in dims):
+        if any(n < 0 for dims in self.layers for n in dims[:3]):
             raise ValueError(f"layers: negative widths in {self.layers}; use 0 for a sublayer that is gone")
+        if any(dims.pairs is not None for dims in self.layers):
+            self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        if self.qk_norm or self.partial_rotary != 1:
+            raise ValueError(
+                f"layers: rotary pairs given for a model of family {self.family}, whose heads are normed or rotate in part; "
+                "remove KV groups instead"
+            )
+        for i, dims in enumerate(self.layers):
+            if dims.pairs is None:
+                continue
+            allowed = list(dims.pairs) == sorted(set(dims.pairs) & set(range(self.head_dim // 2)))
+            if not dims.pairs or not dims.kv_heads or not allowed:
+                raise ValueError(
+                    f"layers: rotary pairs {dims.pairs} of layer {i} given; allowed are ascending numbers from 0 to "
+                    f"{self.head_dim // 2 - 1}, at least one, and None for all of them or for a layer without attention"
+                )
 
     @property
     def score_scale(self) -> float:
@@ -152,7 +177,7 @@ class LlamaConfig:
 
     @property
     def units(self) -> str:
-        """The axis letters of units that layers may differ in."""
+        """The axis letters of units that layers may differ in, and that scores know."""
         return "kf"
 
     def with_widths(self, widths: Sequence[Mapping[str, int]]) -> "LlamaConfig":
@@ -160,14 +185,17 @@ class LlamaConfig:
 
         def narrow(dims: LayerDims, layer: Mapping[str, int]) -> LayerDims:
             kv = layer.get("k", dims.kv_heads)
-            return LayerDims(kv, dims.q_per_kv if kv else 0, layer.get("f", dims.ff))
+            return LayerDims(kv, dims.q_per_kv if kv else 0, layer.get("f", dims.ff), dims.pairs if kv else None)
 
         return dataclasses.replace(self, layers=tuple(narrow(*pair) for pair in zip(self.layers, widths, strict=True)))
 
     def sizes(self, dims: Any = None) -> dict[str, int]:
         """Axis letter -> size, of the whole model or of a layer."""
         out = dict(v=self.vocab, d=self.d, h=self.head_dim)
-        return out if dims is None else out | dict(k=dims.kv_heads, g=dims.q_per_kv, f=dims.ff)
+        if dims is None:
+            return out
+        head = self.head_dim if dims.pairs is None else 2 * len(dims.pairs)
+        return out | dict(k=dims.kv_heads, g=dims.q_per_kv, f=dims.ff, h=head)
 
     def layer_arrays(self, dims: Any) -> dict[str, str]:
         """Array name -> axes, of one layer with these widths.

@@ -75,6 +75,9 @@ def attention(p: dict, x: jax.Array, cfg: LlamaConfig, rope, gates: dict, cache:
         v = jax.lax.dynamic_update_slice(cache["v"], v, (0, start, 0, 0))
         cache = dict(k=k, v=v)
     windowed = p[_kinds.WINDOWED] if cfg.windowed else None
+    if "h" in gates:  # without a pair of the query, that of the key does not matter
+        both = jnp.concatenate([gates["h"], gates["h"]])
+        q, v = q * both, v * both
     z = attend(q, k, v, cfg.score_scale, start, cfg.sliding_window, mask_from, windowed, cfg.score_cap)
     return z * gates["k"][:, None, None] if "k" in gates else z, cache
 

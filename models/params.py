@@ -11,6 +11,7 @@ from jaxprune.models._mamba_init import initial
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.mamba_config import MambaConfig
 from jaxprune.models.types import Config, Params, Probes
+from jaxprune.models.units import unit_sizes
 
 
 def shapes(cfg: Config, dtype: Any = jnp.float32) -> Params:
@@ -80,9 +81,9 @@ def probes(cfg: Config, units: str | None = None, layers: range | None = None) -
     square = jnp.zeros((cfg.d, cfg.d), jnp.float32)  # one array for all layers: nothing is written to templates
 
     def layer(dims: Any) -> tuple[dict, dict, dict, dict]:
-        size, arrays = cfg.sizes(dims), cfg.layer_arrays(dims)
-        alive = [u for u in (cfg.units if units is None else units) if size[u]]
-        gates = {u: jnp.ones(size[u], jnp.float32) for u in alive}
+        size, arrays, counts = cfg.sizes(dims), cfg.layer_arrays(dims), unit_sizes(cfg, dims)
+        alive = [u for u in (cfg.units if units is None else units) if counts[u]]
+        gates = {u: jnp.ones(counts[u], jnp.float32) for u in alive}
         taps = {
             u: {
                 n: jnp.zeros([size[a] for a in axes.UNITS[u] if a in arrays[n]], jnp.float32)

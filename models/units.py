@@ -1,6 +1,9 @@
 """Units of a model: their statistics and their cost."""
 
 import math
+from typing import Any
+
+import numpy as np
 
 from jaxprune.models import axes
 from jaxprune.models._taps import reduce_onto
@@ -70,6 +73,23 @@ def unit_costs(cfg: Config) -> PerLayer:
     return tuple(out)
 
 
+def unit_sizes(cfg: Config, dims: Any) -> dict[str, int]:
+    """Axis letter -> units of a layer with these widths: as `cfg.sizes`, but units of `h` are rotary pairs of an attention."""
+    size = cfg.sizes(dims)
+    return size | dict(h=size["h"] // 2 if size["k"] else 0) if "h" in size else size
+
+
+def positions(axis: str, kept: Any, n: int) -> np.ndarray:
+    """Where the units `kept` of an axis lie in an array that has `n` positions along it: a rotary pair has two.
+
+    >>> from jaxprune.models.units import positions
+    >>> positions("h", [0, 3], 8)
+    array([0, 3, 4, 7])
+    """
+    kept = np.asarray(kept, np.int64)
+    return np.concatenate([kept, kept + n // 2]) if axis == "h" else kept
+
+
 def unit_counts(cfg: Config, units: str | None = None) -> PerLayer:
     """Number of units, per layer and axis letter, of sublayers that exist.
 
@@ -82,4 +102,4 @@ def unit_counts(cfg: Config, units: str | None = None) -> PerLayer:
     ({'k': 2, 'f': 48},)
     """
     letters = cfg.units if units is None else units
-    return tuple({u: n for u in letters if (n := cfg.sizes(dims).get(u, 0))} for dims in cfg.layers)
+    return tuple({u: n for u in letters if (n := unit_sizes(cfg, dims).get(u, 0))} for dims in cfg.layers)

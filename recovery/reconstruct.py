@@ -11,9 +11,11 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxprune.models import LlamaConfig, Params, PerLayer, Run, axes, embedded, layer_of, project, reads, sublayer
+from jaxprune.models._kinds import PAIRS
 from jaxprune.models._mesh import by_sequence, on_host
 from jaxprune.models._runs import places
 from jaxprune.models.axes import OUTPUT
+from jaxprune.models.units import positions
 from jaxprune.recovery.least_squares import admm, least_squares_to
 
 TARGETS = ("dense", "weights", "residual", "admm", "bias")
@@ -47,7 +49,7 @@ def reconstruct(
 
     Args:
       params, cfg: the dense model.
-      keep: per layer, axis letter (`k`, `f`) -> sorted indices of the units that stay; absent letters keep everything.
+      keep: per layer, axis letter (`k`, `h`, `f`) -> sorted indices of the units that stay; absent letters keep everything.
       batches: int32[b, t] arrays of calibration tokens of one shape.
       target: see above.
       damp: ridge towards the dense weights, in means of the diagonal of the kept inputs' second moment; `admm` has none.
@@ -87,18 +89,23 @@ def reconstruct(
         for axis in "kf":
             n = cfg.sizes(dims)[axis]
             kept = np.asarray(keep[layer].get(axis, range(n)), np.int64)
-            if len(kept) == n:
+            pairs = _pairs(p, keep[layer]) if axis == "k" and n else None
+            if pairs is not None and not len(pairs):
+                kept = pairs
+            if len(kept) == n and pairs is None:
                 for stream in (dense,) if pruned is dense else (dense, pruned):
                     _advance(p, axis, stream, cfg)
                 continue
             if pruned is dense and target in ("weights", "residual"):
                 pruned = list(dense)
-            part = _part(p, axis, np.arange(n) if target == "admm" else kept, cfg.layer_arrays(dims))
+            whole = target == "admm"
+            part = _part(p, axis, np.arange(n) if whole else kept, cfg.layer_arrays(dims), None if whole else pairs)
             sums = _sums(p, part, axis, dense, pruned, target, cfg)
+            stays = _stays(p, axis, kept, pairs)
             if target == "bias":
-                fitted = _bias(p, axis, kept, sums)
+                fitted = _bias(p, axis, stays, sums)
             else:
-                fitted = _admm(p, axis, kept, sums) if target == "admm" else _fit(p, axis, kept, sums, damp)
+                fitted = _admm(p, axis, stays, sums) if whole else _fit(p, axis, stays, sums, damp)
             for array, x in fitted.items():
                 out[name][array][i] = x
             if pruned is not dense:
@@ -147,23 +154,45 @@ class _Part(NamedTuple):
     arrays: dict[str, Any]
     units: np.ndarray
     kept: int
+    head: np.ndarray | None  # dimensions of a head that are left, or None for all
 
 
-def _part(p: dict, axis: str, kept: np.ndarray, letters: dict[str, str]) -> _Part:
+def _pairs(p: dict, keep: dict) -> np.ndarray | None:
+    """Rotary pairs of an attention that stay, or None for all."""
+    kept = np.asarray(keep.get("h", range(p["o"].shape[2] // 2)), np.int64)
+    return None if 2 * len(kept) == p["o"].shape[2] else kept
+
+
+def _part(p: dict, axis: str, kept: np.ndarray, letters: dict[str, str], pairs: np.ndarray | None) -> _Part:
     if not len(kept):
-        return _Part({n: x for n, x in p.items() if axis not in letters.get(n, "")}, kept, 0)
+        return _Part({n: x for n, x in p.items() if axis not in letters.get(n, "")}, kept, 0, None)
     n = p[OUTPUT[axis]].shape[0]
     again = min(-len(kept) % -(-n // SHAPES), n - len(kept))
     index = np.concatenate([kept, np.zeros(again, np.int64)])
     taken = {n: np.take(on_host(x), index, letters[n].index(axis)) if axis in letters.get(n, "") else x for n, x in p.items()}
-    return _Part(taken, index, len(kept))
+    if pairs is None:
+        return _Part(taken, index, len(kept), None)
+    head = positions("h", pairs, p["o"].shape[2])
+    taken = {n: np.take(on_host(x), head, letters[n].index("h")) if "h" in letters.get(n, "") else x for n, x in taken.items()}
+    had = np.asarray(p.get(PAIRS, range(p["o"].shape[2] // 2)))
+    return _Part(taken | {PAIRS: had[pairs]}, index, len(kept), head)
+
+
+def _stays(p: dict, axis: str, kept: np.ndarray, pairs: np.ndarray | None) -> np.ndarray:
+    """Which inputs of the output projection stay, bool[units...]."""
+    shape = p[OUTPUT[axis]].shape[:-1]
+    stays = np.zeros(shape, bool)
+    stays[kept] = True
+    if pairs is not None:
+        stays &= np.isin(np.arange(shape[2]), positions("h", pairs, shape[2]))
+    return stays
 
 
 def _with(part: _Part, name: str, w: np.ndarray) -> dict:
     """The arrays of a part whose output projection is that of `w`; units that are there again add nothing."""
     if not part.kept:
         return part.arrays
-    rows = w[part.units]
+    rows = w[part.units] if part.head is None else w[part.units][:, :, part.head]
     rows[part.kept :] = 0
     return part.arrays | {name: rows}
 
@@ -191,19 +220,19 @@ class Sums(NamedTuple):
 def _sums(p, part: _Part, axis, dense: list, pruned: list, target: str, cfg) -> Sums:
     """The sums of a sublayer over all batches; takes the dense model's residual stream through it, in place."""
     inputs = int(np.prod(p[OUTPUT[axis]].shape[:-1]))
-    width = inputs // len(p[OUTPUT[axis]]) * len(part.units)
+    width = int(np.prod(part.arrays[OUTPUT[axis]].shape[:-1])) if part.kept else 0
     zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
     if target == "bias":
         sums = Sums(total=zeros(inputs), tokens=zeros(()))
     else:
         sums = Sums(zeros((width, width)), zeros((cfg.d, width)))
     for i, (d, x) in enumerate(zip(dense, pruned, strict=True)):
-        dense[i], sums = add_sums(p, part.arrays, part.units, axis, d, x, sums, target, cfg)
+        dense[i], sums = add_sums(p, part.arrays, part.units, part.head, axis, d, x, sums, target, cfg)
     return sums
 
 
 @functools.partial(jax.jit, static_argnames=("axis", "cfg", "target"), donate_argnames="sums")
-def add_sums(p, kept, index, axis, dense, pruned, sums: Sums, target, cfg):
+def add_sums(p, kept, index, head, axis, dense, pruned, sums: Sums, target, cfg):
     """The dense model's residual stream after a sublayer, and the sums with one more batch."""
     name, dense, pruned = OUTPUT[axis], by_sequence(dense), by_sequence(pruned)
     z = reads(p, name, dense, cfg)
@@ -220,6 +249,7 @@ def add_sums(p, kept, index, axis, dense, pruned, sums: Sums, target, cfg):
     else:
         z = z if target == "dense" else reads(p, name, pruned, cfg)
         x, y = jnp.take(z, index, axis=2), project({name: p[name]}, name, jnp.zeros_like(dense), z, cfg, {})
+        x = x if head is None else jnp.take(x, head, axis=4)
     rows, wanted = _rows(x), _rows(y)
     gram, target_sum = (jnp.matmul(a.T, rows, precision="highest") for a in (rows, wanted))
     return after, sums._replace(gram=sums.gram + gram, target=sums.target + target_sum)
@@ -230,33 +260,29 @@ def _rows(x: jax.Array) -> jax.Array:
     return x.reshape(-1, int(np.prod(x.shape[2:]))).astype(jnp.float32)
 
 
-def _fit(p: dict, axis: str, kept: np.ndarray, sums: Sums, damp: float) -> dict:
-    """The new output projection of a sublayer, zero for units that go."""
+def _fit(p: dict, axis: str, stays: np.ndarray, sums: Sums, damp: float) -> dict:
+    """The new output projection of a sublayer, zero where nothing `stays`."""
     w = on_host(p[OUTPUT[axis]])
-    old = w[kept].astype(np.float32).reshape(-1, w.shape[-1]).T  # out, in
+    old = w[stays].astype(np.float32).T  # out, in
     n = old.shape[1]
     gram, target = on_host(sums.gram)[:n, :n], on_host(sums.target)[:, :n]
     new = np.zeros_like(w)
-    new[kept] = least_squares_to(target, gram, old, np.arange(n), damp).T.reshape(len(kept), *w.shape[1:])
+    new[stays] = least_squares_to(target, gram, old, np.arange(n), damp).T
     return {OUTPUT[axis]: new}
 
 
-def _admm(p: dict, axis: str, kept: np.ndarray, sums: Sums) -> dict:
+def _admm(p: dict, axis: str, stays: np.ndarray, sums: Sums) -> dict:
     """The same by alternating directions, from the sums of all units."""
     w = on_host(p[OUTPUT[axis]])
     rows = w.astype(np.float32).reshape(-1, w.shape[-1]).T  # out, in
-    stays = np.repeat(np.isin(np.arange(len(w)), kept), rows.shape[1] // len(w))
-    return {OUTPUT[axis]: admm(rows, on_host(sums.gram), stays).T.reshape(w.shape).astype(w.dtype)}
+    return {OUTPUT[axis]: admm(rows, on_host(sums.gram), stays.reshape(-1)).T.reshape(w.shape).astype(w.dtype)}
 
 
-def _bias(p: dict, axis: str, kept: np.ndarray, sums: Sums) -> dict:
-    """The output projection with zeros for units that go, and the bias that adds their mean."""
+def _bias(p: dict, axis: str, stays: np.ndarray, sums: Sums) -> dict:
+    """The output projection with zeros for inputs that go, and the bias that adds their mean."""
     name = OUTPUT[axis]
     w = on_host(p[name])
     mean = on_host(sums.total / sums.tokens).astype(np.float64).reshape(w.shape[:-1])
-    gone = np.setdiff1d(np.arange(len(w)), kept)
-    bias = np.tensordot(mean[gone], w[gone].astype(np.float64), mean.ndim)
+    bias = mean[~stays] @ w[~stays].astype(np.float64)
     bias = bias + on_host(p[f"{name}_bias"]).astype(np.float64) if f"{name}_bias" in p else bias
-    new = np.zeros_like(w)
-    new[kept] = w[kept]
-    return {name: new, f"{name}_bias": bias.astype(w.dtype)}
+    return {name: np.where(stays[..., None], w, 0).astype(w.dtype), f"{name}_bias": bias.astype(w.dtype)}

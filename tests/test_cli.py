@@ -20,7 +20,7 @@ FLAGS = dict(
     evaluate="MODEL --text --window --max-tokens --choice --limit --tasks --mesh --strict-sharding --json",
     search="MODEL --out --strategy --ratio --target-params --target-memory --target-flops --target-latency --target-throughput "
     "--batch --context --phase --calibration --fitness --fitness-samples --generations --preset --trials --at-once --layers "
-    "--multiple-of --min-kept --for --dtype --overwrite --json",
+    "--attention-units --multiple-of --min-kept --for --dtype --overwrite --json",
     bench="MODEL --out --methods --ratios --calibration --samples --length --seed --text --window --max-tokens --choice "
     "--limit --dtype --overwrite --json",
     export="MODEL --to --out --check --type --overwrite --json",

@@ -188,6 +188,18 @@ def test_two_cuts_are_one(name):
     chex.assert_trees_all_equal(twice, direct)
 
 
+def test_two_cuts_of_rotary_pairs_are_one():
+    """Law 7, where a pair is two dimensions of every head."""
+    first = plan.Plan(({"h": [0, 2, 3]}, {"k": [1]}, {"h": [1, 2]}), models.unit_counts(CFG, "kfh"))
+    once, cfg = surgery.cut(PARAMS, CFG, first)
+    second = plan.Plan(({"h": [0, 2], "k": [1]}, {"h": [3]}, {"h": []}), models.unit_counts(cfg, "kfh"))
+    twice, twice_cfg = surgery.cut(once, cfg, second)
+    direct, direct_cfg = surgery.cut(PARAMS, CFG, first.then(second))
+    assert twice_cfg == direct_cfg
+    assert [dims.pairs for dims in direct_cfg.layers] == [(0, 3), (3,), None]
+    chex.assert_trees_all_equal(twice, direct)
+
+
 class ParallelTest(chex.TestCase):
     """Law 11: chex runs an update with jit, without, and under pmap with one device."""
 

@@ -34,6 +34,8 @@ PLANS = {
     "no mlp": ({"f": []}, {"f": range(10)}, {}),
     "no first layer": ({"k": [], "f": []}, {}, {}),
     "residual width": ({"d": range(1, 30)},) * 3,
+    "rotary pairs": ({"h": [0, 2, 3]}, {"h": [1], "k": [1], "f": range(20)}, {"h": range(4)}),
+    "no rotary pairs": ({"h": [], "k": [0]}, {"h": [1, 2], "k": []}, {"h": [2]}),
     "everything": ({"k": [0], "f": [], "d": range(20)}, {"k": [], "f": [], "d": range(20)}, {"f": [7, 9], "d": range(20)}),
 }
 
@@ -42,7 +44,7 @@ PLANS = {
 @pytest.mark.parametrize("name", PLANS)
 def test_cutting_equals_gating_for_every_axis(kind, name):
     params, cfg = model(kind)
-    plan = Plan(PLANS[name], models.unit_counts(cfg, "kfd" if "d" in PLANS[name][0] else "kf"))
+    plan = Plan(PLANS[name], models.unit_counts(cfg, "kf" + "".join(a for a in "hd" if a in PLANS[name][0])))
     if kind == "biases" and "d" in PLANS[name][0]:
         return  # a bias on the residual stream is cut with it; its gated twin would have to be gated too
     small, small_cfg = surgery.cut(params, cfg, plan)

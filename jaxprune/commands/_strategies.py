@@ -36,6 +36,8 @@ class Effort:
     """Evolution mutates masks as its paper prints it, which does nothing where less than 80 % is kept."""
     equal_widths: bool = False
     """Evolution leaves all layers equally wide and searches masks alone."""
+    attention_units: Literal["groups", "pairs"] = "groups"
+    """Evolution takes KV groups from an attention, or rotary pairs from its heads, as the paper does; no llama.cpp then."""
     trials: Annotated[int, flag("N")] = 50
     """Of adapruner."""
     at_once: Annotated[int, flag("N")] = 1
@@ -149,10 +151,15 @@ def search_adapruner(task: Task) -> Outcome:
 
 
 def search_evolution(task: Task) -> Outcome:
-    cfg, window, losses = task.cfg, task.window, _gate_losses(task)
-    scores = _scores(task, lambda cfg, options: importance.obs_importance(cfg, task.model.params))
+    cfg, window, losses, constraints = task.cfg, task.window, _gate_losses(task), task.constraints
+    pairs = task.effort.attention_units == "pairs"
+    scores = _scores(task, lambda cfg, options: importance.obs_importance(cfg, task.model.params, pairs=pairs))
     recipe = _recipe(task, scores)
-    start = select(scores, _narrow.widths(recipe, cfg))
+    if pairs:
+        constraints = dataclasses.replace(constraints, units="hf")
+        start = _alike(task, scores, constraints, recipe.decoder_parameters / cfg.decoder_parameters)
+    else:
+        start = select(scores, _narrow.widths(recipe, cfg))
     schedule = evolution.SMALL if task.effort.preset == "small" else evolution.Evolution()
     changed: dict[str, Any] = dict(literal=task.effort.literal)
     if task.effort.generations is not None:
@@ -163,11 +170,25 @@ def search_evolution(task: Task) -> Outcome:
         window = window._replace(low=size, high=size)
     schedule = dataclasses.replace(schedule, **changed)
     limits = evolution.space(1 - recipe.decoder_parameters / cfg.decoder_parameters)
-    problem = evolution.problem(
-        cfg, start, lambda plans: losses(plans, task.fitness), window, task.constraints, schedule, limits
-    )
+    problem = evolution.problem(cfg, start, lambda plans: losses(plans, task.fitness), window, constraints, schedule, limits)
     found = _evolved(task, problem, schedule)
     return _compared(task, losses, start, found.best[0][1], found.points)
+
+
+def _alike(task: Task, scores: PerLayer, constraints: allocate.Constraints, part: float) -> Plan:
+    """The same part of the units of every layer, on every axis that has scores, of an allowed size."""
+    chosen = constraints.chosen(task.cfg)
+
+    def width(axis: str, n: int, layer: int) -> int:
+        step = constraints.step(axis)
+        return max(round(part * n / step) * step, constraints.fewest(axis, n, layer)) if layer in chosen else n
+
+    plan = select(scores, tuple({a: width(a, len(s), i) for a, s in layer.items()} for i, layer in enumerate(scores)))
+    rng = np.random.default_rng(task.settings.seed)
+    found = sizes.fit(plan, task.cfg, task.window, constraints, rng, scores)
+    if found is None:
+        raise ValueError(f"search: no widths have {task.window.high:.6g} {task.window.unit}; ask for another size")
+    return found
 
 
 def _evolved(task: Task, problem: _loop.Problem, schedule: evolution.Evolution | refine.Refinement) -> _loop.Found:

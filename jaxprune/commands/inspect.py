@@ -7,6 +7,7 @@ from jaxprune import folder, methods, models
 from jaxprune.commands._common import ModelName, Output
 from jaxprune.models import checkpoint
 from jaxprune.models._hf_mamba import problems
+from jaxprune.models.units import unit_sizes
 
 UNITS = dict(k="KV groups", f="MLP channels", i="inner channels")
 
@@ -34,8 +35,10 @@ def run(args: Inspect) -> dict[str, Any]:
     if plan is not None and len(plan["sizes"]) != len(cfg.layers):
         raise ValueError(f"{path}: {folder.RECORD} is for {len(plan['sizes'])} layers, the model has {len(cfg.layers)}")
     layers = []
+    paired = any(getattr(dims, "pairs", None) is not None for dims in cfg.layers)
     for i, dims in enumerate(cfg.layers):
         row = {"layer": i} | _widths(dims)
+        row |= {"head size": 2 * unit_sizes(cfg, dims)["h"]} if paired else {}
         row["matrix parameters"] = cfg.matrix_parameters(dims)
         if plan is not None:
             gone = {a: plan["sizes"][i][a] - len(plan["keep"][i].get(a, range(plan["sizes"][i][a]))) for a in plan["sizes"][i]}

@@ -103,6 +103,15 @@ class Search:
             raise ValueError(
                 f"equal_widths: {self.strategy} chooses widths; use --strategy evolution, or prune --max-distinct 1"
             )
+        if self.effort.attention_units == "pairs" and self.strategy != "evolution":
+            raise ValueError(
+                f"attention_units: pairs given with --strategy {self.strategy}; only evolution takes rotary pairs away"
+            )
+        if self.effort.attention_units == "pairs" and (self.limits.profile or "hf-custom") not in ("hf-custom", "hf-padded"):
+            raise ValueError(
+                f"for: {self.limits.profile} given, whose heads have all rotary pairs; use hf-custom or hf-padded, or leave "
+                "--attention-units at groups"
+            )
         if settings.max_distinct == 1 and not (self.effort.equal_widths or self.strategy == "adapruner"):
             raise ValueError(
                 f"for: {self.limits.profile} given, whose layers are all equal, and {self.strategy} chooses widths; use "

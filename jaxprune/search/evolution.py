@@ -67,7 +67,7 @@ class Space(NamedTuple):
     """What fractions a search may keep.
 
     Attributes:
-      attention, mlp: the least of a layer's KV groups and MLP channels, in steps of 0.01 and 0.05.
+      attention, mlp: the least of a layer's units of the attention and MLP channels, in steps of 0.01 and 0.05.
       depth: the least of the layers.
     """
 
@@ -94,7 +94,10 @@ def problem(
     settings: Evolution,
     limits: Space,
 ) -> Problem:
-    r"""Evolution of plans: masks over KV groups and MLP channels, and layers that are gone.
+    r"""Evolution of plans: masks over units of the attention and MLP channels, and layers that are gone.
+
+    With the units `kf` those of the attention are KV groups; with `hf` they are rotary pairs of all heads of a layer, which is
+    the paper's own unit, with the two dimensions of a pair tied.
 
     Candidates whose size is not allowed are brought to an allowed one, or dropped without being measured.
 
@@ -108,10 +111,9 @@ def problem(
       limits: what fractions may be kept.
 
     Reference: Shen et al., `Search for Efficient Large Language Models <https://arxiv.org/abs/2409.17372>`_, 2024, sections 3.2
-    and 3.3, algorithm 1. Units of the attention are KV groups with their query heads (the paper masks channels inside each
-    head); a mutated mask is built from `overlap` of the units that were kept (`literal` is the paper's rejection loop); a
-    layer that goes is a random one (the released code keeps the first ones); crossover takes each layer from one of two parents
-    (the paper does not say how); the window is reached by resizing MLPs (the paper drops candidates outside it).
+    and 3.3, algorithm 1. A mutated mask is built from `overlap` of the units that were kept (`literal` is the paper's rejection
+    loop); a layer that goes is a random one (the released code keeps the first ones); crossover takes each layer from one of
+    two parents (the paper does not say how); the window is reached by resizing MLPs (the paper drops candidates outside it).
     """
 
     def sized(plan: Plan | None, rng: np.random.Generator) -> list[Plan]:
@@ -160,8 +162,10 @@ def problem(
 
 
 def _width(axis: str, n: int, layer: int, constraints: Constraints, limits: Space, rng: np.random.Generator) -> int:
-    """A random width in the space: KV groups one by one, channels in steps of 5 %, both rounded to their multiples."""
+    """A random width in the space: KV groups one by one, pairs by 1 %, channels by 5 %, rounded to their multiples."""
     fewest = constraints.fewest(axis, n, layer)
+    if axis == "h":
+        return max(round(rng.integers(round(limits.attention / 0.01), 101) * 0.01 * n), fewest)
     if axis == "k":
         return constraints.groups(n, n - int(rng.integers(max(fewest, min(n, math.ceil(limits.attention * n - 1e-9))), n + 1)))
     fraction = rng.integers(round(limits.mlp / 0.05), 21) * 0.05
@@ -213,7 +217,7 @@ def _change_depth(
     chosen = list(constraints.chosen(cfg))
     gone = [i for i in chosen if keep[i] and not any(len(x) for x in keep[i].values())]
     least = math.ceil(limits.depth * len(cfg.layers) - 1e-9)
-    may_go = len(cfg.layers) - len(gone) > least and set(constraints.units) == {"k", "f"}
+    may_go = len(cfg.layers) - len(gone) > least and len(constraints.units) == 2
     if may_go and (not gone or rng.random() < 0.5):
         i = int(rng.choice([i for i in chosen if i not in gone]))
         keep[i] = {a: np.zeros(0, np.int64) for a in keep[i]}

@@ -27,7 +27,7 @@ class State(NamedTuple):
     params: Params
 
 
-def obs_importance(cfg: LlamaConfig, params: Params, *, damp: float = 1e-2) -> Scorer:
+def obs_importance(cfg: LlamaConfig, params: Params, *, damp: float = 1e-2, pairs: bool = False) -> Scorer:
     r"""Sum over the weights of a unit of the error that the Optimal Brain Surgeon gives for removing each alone.
 
     .. math:: \sum_{ij} \frac{W_{ij}^2}{[(2 X X^\top)^{-1}]_{jj}}
@@ -39,12 +39,15 @@ def obs_importance(cfg: LlamaConfig, params: Params, *, damp: float = 1e-2) -> S
       cfg: the model.
       params: its weights, whose shapes the state has; `update` reads those that it is given.
       damp: added to the diagonal of X X^T, in means of it.
+      pairs: units of the attention are rotary pairs, dimensions i and i + head_dim / 2 of all heads of a layer (axis letter
+        `h`), instead of KV groups.
 
     Returns:
       An additive scorer.
 
     Reference: Shen et al., `Search for Efficient Large Language Models <https://arxiv.org/abs/2409.17372>`_, 2024, equations 1
-    to 3. The damping is ours (the paper states none), and the units are KV groups and MLP channels.
+    to 3. The damping is ours (the paper states none), and the units are MLP channels and KV groups or, as in the paper, head
+    dimensions, here in rotary pairs.
 
     >>> import jax
     >>> from jaxprune import models, scorers
@@ -78,21 +81,28 @@ def obs_importance(cfg: LlamaConfig, params: Params, *, damp: float = 1e-2) -> S
             for j in range(run.length):
                 i = run.start + j
                 weights = {n: np.asarray(x[j], np.float64) for n, x in state.params.get(run.name, {}).items()}
-                errors = {a: _errors(a, weights, state.reads[i][a], state.inputs[i][a], damp) for a in state.reads[i]}
-                out.append({a: jnp.asarray(x, jnp.float32) for a, x in errors.items()})
+                errors = {}
+                for a in state.reads[i]:
+                    unit = "h" if a == "k" and pairs else a
+                    errors[unit] = _errors(a, unit, weights, state.reads[i][a], state.inputs[i][a], damp)
+                out.append({unit: jnp.asarray(x, jnp.float32) for unit, x in errors.items()})
         return tuple(out)
 
     return Scorer(init, update, finalize, needs="activations")
 
 
-def _errors(axis: str, weights: dict[str, np.ndarray], reads: Any, inputs: Any, damp: float) -> np.ndarray:
+def _errors(axis: str, unit: str, weights: dict[str, np.ndarray], reads: Any, inputs: Any, damp: float) -> np.ndarray:
     """Float64[units] of one sublayer."""
     read, out = (np.diag(inverse(2 * damped(np.asarray(g, np.float64), damp))) for g in (reads, inputs))
     names = ("q", "k", "v") if axis == "k" else ("gate", "up")
-    total = np.zeros(weights[OUTPUT[axis]].shape[0])
+
+    def over(name: str, error: np.ndarray) -> np.ndarray:
+        at = axes.LAYER[name].index(unit)
+        return error.sum(tuple(i for i in range(error.ndim) if i != at))
+
+    w = weights[OUTPUT[axis]]
+    total = over(OUTPUT[axis], w**2 / out.reshape(*w.shape[:-1], 1))
     for name in names:
         w = weights[name]  # [d, units, ...]
-        scaled = w**2 / read.reshape(-1, *[1] * (w.ndim - 1))
-        total += np.moveaxis(scaled, axes.LAYER[name].index(axis), 0).reshape(len(total), -1).sum(1)
-    w = weights[OUTPUT[axis]]
-    return total + (w**2 / out.reshape(*w.shape[:-1], 1)).reshape(len(total), -1).sum(1)
+        total = total + over(name, w**2 / read.reshape(-1, *[1] * (w.ndim - 1)))
+    return total.reshape(2, -1).sum(0) if unit == "h" else total

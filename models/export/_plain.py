@@ -24,7 +24,7 @@ def sayable(cfg: LlamaConfig, dims: LayerDims) -> bool:
 
 def widest(cfg: LlamaConfig) -> LayerDims:
     """The largest of each width, over all layers; at least 1 where some layer is left at all."""
-    return LayerDims(*(max(1, *sizes) for sizes in zip(*cfg.layers, strict=True)))
+    return LayerDims(*(max(1, *sizes) for sizes in zip(*(dims[:3] for dims in cfg.layers), strict=True)))
 
 
 def uniform(cfg: LlamaConfig) -> LayerDims | None:
@@ -41,7 +41,7 @@ def uniform(cfg: LlamaConfig) -> LayerDims | None:
     >>> uniform(LlamaConfig(vocab=64, d=32, head_dim=8, layers=layers, biases=("o",)))
     LayerDims(kv_heads=4, q_per_kv=1, ff=48)
     """
-    k, g, f = least = widest(cfg)
+    k, g, f, _ = least = widest(cfg)
     if sayable(cfg, least):
         return least
     heads = [(x, y) for x in range(k, cfg.d + 1) for y in range(g, cfg.d // x + 1)]
@@ -62,7 +62,8 @@ def words(dims: LayerDims) -> str:
         return f"{n} {noun}{'' if n == 1 else 's'}"
 
     attention = f"{count(dims.kv_heads, 'KV head')} x {count(dims.q_per_kv, 'query head')}" if dims.kv_heads else "no attention"
-    return f"{attention}, {count(dims.ff, 'channel') if dims.ff else 'no MLP'}"
+    pairs = "" if dims.pairs is None else f" of {count(len(dims.pairs), 'rotary pair')}"
+    return f"{attention}{pairs}, {count(dims.ff, 'channel') if dims.ff else 'no MLP'}"
 
 
 def numbers(layers: list[int]) -> str:
@@ -102,7 +103,7 @@ def beyond_padding(cfg: LlamaConfig) -> list[str]:
     if not kept(cfg):
         why.append("nothing is left of any layer; a model of transformers needs one layer")
     if not why and uniform(cfg) is None:
-        k, g, _ = widest(cfg)
+        k, g, *_ = widest(cfg)
         why.append(
             f"biases of {', '.join(cfg.biases)} need LlamaForCausalLM, which wants the hidden size {cfg.d} to be a multiple of "
             f"the number of heads, and no number of heads that holds {k} x {g} is; export as hf-custom"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune.models import _stored
-from jaxprune.models._family import beyond_llama
+from jaxprune.models._family import beyond_llama, cut_heads
 from jaxprune.models._gguf import PART
 from jaxprune.models._gguf_blocks import LEAST_FF, architecture, blocks
 from jaxprune.models._gguf_config import PERMUTED
@@ -45,6 +45,7 @@ def problems(cfg: LlamaConfig) -> list[str]:
         found.append(rope)
     if beyond := beyond_llama(cfg):
         found.append(f"{', '.join(beyond)} of family {cfg.family}: llama and deci have none; export as hf")
+    found += cut_heads(cfg)
     if not blocks(cfg):
         found.append(f"nothing is left of its {len(cfg.layers)} layers; keep at least one sublayer")
     return found

@@ -44,7 +44,7 @@ or prune with --for hf
         (dims,) = layers
         reason = (
             f"all layers have {words(dims)}"
-            if not dims.kv_heads or not dims.ff
+            if not dims.kv_heads or not dims.ff or dims.pairs is not None
             else f"{dims.kv_heads * dims.q_per_kv} heads do not divide the hidden size {cfg.d}, as LlamaForCausalLM wants it, "
             f"and the other classes do not have biases of {', '.join(cfg.biases)}"
         )

@@ -13,6 +13,7 @@ from jaxprune.models.config import LayerDims, LlamaConfig
 from jaxprune.models.export import hf
 from jaxprune.models.export._plain import NONE, beyond_padding, kept, sayable, uniform, widest, words
 from jaxprune.models.types import Params
+from jaxprune.models.units import positions
 
 
 def problems(cfg: LlamaConfig, dims: LayerDims | None = None) -> list[str]:
@@ -38,9 +39,9 @@ def problems(cfg: LlamaConfig, dims: LayerDims | None = None) -> list[str]:
     if why or dims is None:
         return why
     for i, have in kept(cfg).items():
-        if any(n > m for n, m in zip(have, dims, strict=True)):
+        if any(n > m for n, m in zip(have[:3], dims[:3], strict=True)):
             return [f"{words(dims)} given; layer {i} has {words(have)}: give at least {words(widest(cfg))}"]
-    if not min(dims) or not sayable(cfg, dims):
+    if not min(dims[:3]) or not sayable(cfg, dims):
         least = uniform(cfg)
         return [f"{words(dims)} given; no class of transformers has such layers: leave it out, or give {words(least or dims)}"]
     return []
@@ -50,7 +51,8 @@ def pad(params: Params, cfg: LlamaConfig, dims: LayerDims | None = None) -> tupl
     """The same function with layers of equal widths: what is added are zeros, and ones in norms that nothing reads.
 
     A KV head that is added has zeros in k and v, and its query heads in q and o; layers with fewer query heads for each KV head
-    get them inside every group, so that the groups stay what they are. A channel that is added has zeros in gate, up and down.
+    get them inside every group, so that the groups stay what they are. A rotary pair that is added has zeros in q, k, v and o.
+    A channel that is added has zeros in gate, up and down.
     Layers of which nothing is left stay away: a folder has fewer layers then.
 
     Args:
@@ -85,7 +87,9 @@ def pad(params: Params, cfg: LlamaConfig, dims: LayerDims | None = None) -> tupl
                 old, at = where[run.start + i]
                 if name in params[old.name]:
                     x = np.asarray(params[old.name][name][at])
-                    out[i][tuple(slice(n) for n in x.shape)] = x
+                    pairs = cfg.layers[run.start + i].pairs
+                    at_head = slice(None) if pairs is None else positions("h", pairs, cfg.head_dim)
+                    out[i][tuple(at_head if a == "h" else slice(n) for a, n in zip(letters, x.shape, strict=True))] = x
             arrays[name] = jnp.asarray(out)
         if arrays:
             wide[run.name] = arrays

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from jaxprune.models import _stored
-from jaxprune.models._family import beyond_llama
+from jaxprune.models._family import beyond_llama, cut_heads
 from jaxprune.models.config import LlamaConfig
 from jaxprune.models.export._plain import kept, shapes_of
 from jaxprune.models.export.hf import refuse
@@ -71,7 +71,7 @@ def problems(cfg: LlamaConfig) -> list[str]:
             f"layers have {len(layers)} different shapes ({shown}), and stacked parameters have one; pad them "
             f"(jaxprune.models.export.hf_padded.pad), or prune all layers to one shape"
         )
-    elif not layers or not min(*next(iter(layers))):
+    elif not layers or not min(next(iter(layers))[:3]):
         why.append(f"MaxText's layers have an attention and an MLP; here {shown or 'nothing is left of any layer'}")
     if cfg.biases:
         why.append(
@@ -80,6 +80,7 @@ def problems(cfg: LlamaConfig) -> list[str]:
         )
     if beyond := beyond_llama(cfg):
         why.append(f"{', '.join(beyond)} of family {cfg.family}, whose layout in MaxText is not known here")
+    why += cut_heads(cfg)
     if cfg.shortcuts or cfg.norm_width is not None:
         why.append(
             "the residual stream is rotated (shortcuts, norm_width), which MaxText has no place for; prune without SliceGPT"

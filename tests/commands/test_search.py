@@ -63,6 +63,28 @@ def test_a_search_leaves_plans_that_prune_cuts(jaxprune, model, tmp_path, texts,
     assert before["points"] == points, "a search that is complete measures nothing again"
 
 
+def test_heads_that_lost_rotary_pairs_go_through_every_command(jaxprune, refused, model, tmp_path):
+    out, small, tuned = tmp_path / "found", tmp_path / "small", tmp_path / "tuned"
+    flags = ("--strategy", "evolution", "--attention-units", "pairs", "--ratio", 0.4)
+    assert jaxprune("search", model, "--out", out, *flags, *SMALL).status == 0
+    more = ("--reconstruct", "residual", "--calibration", "builtin", "--fit-samples", 8, "--fit-length", 16)
+    done = jaxprune("prune", model, "--plan", out / "plan.json", "--out", small, *more)
+    assert done.status == 0, done.err
+    assert any(dims.pairs is not None for dims in folder.load(str(small)).cfg.layers)
+    assert jaxprune("verify", model, small).status == 0
+    assert "head size" in jaxprune("inspect", small).out
+    text = tmp_path / "text.txt"
+    text.write_text("a text to measure on, word by word. " * 40)
+    assert jaxprune("recover", small, "--data", text, "--out", tuned, "--steps", 2, "--length", 16).status == 0
+    assert jaxprune("evaluate", tuned, "--text", text, "--window", 32).status == 0
+    assert jaxprune("generate", tuned, "--prompt", "a text", "--max-new-tokens", 3).status == 0
+    assert jaxprune("export", tuned, "--to", "hf-padded", "--out", tmp_path / "padded").status == 0
+    assert {dims.pairs for dims in folder.load(str(tmp_path / "padded")).cfg.layers} == {None}
+    assert "have lost rotary pairs; export as hf-padded" in refused(
+        "export", tuned, "--to", "gguf", "--out", tmp_path / "x.gguf"
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -75,6 +97,8 @@ def test_a_search_leaves_plans_that_prune_cuts(jaxprune, model, tmp_path, texts,
         (("--at-once", 0), "at_once: 0 given"),
         (("--generations", -1), "generations: -1 given"),
         (("--equal-widths",), "equal_widths: auto chooses widths"),
+        (("--attention-units", "pairs"), "attention_units: pairs given with --strategy auto"),
+        (("--attention-units", "pairs", "--strategy", "evolution", "--for", "gguf"), "for: gguf given, whose heads have all"),
         (("--calibration", "nowhere.txt"), "nowhere.txt: no such file"),
         (("--fitness", "nowhere.txt"), "nowhere.txt: no such file"),
         (("--calibration", "self"), "name a text"),

@@ -17,6 +17,7 @@ CONFIGS = dict(
     plain=BASE,
     gone=BASE | dict(layers=GONE, biases=("q", "k", "v", "o", "down")),
     no_attention=BASE | dict(layers=(LayerDims(0, 0, 48),) * 2),
+    pairs=BASE | dict(layers=(*BASE["layers"], LayerDims(2, 2, 40, (0, 2)), LayerDims(1, 3, 0, (3,)))),
     window=BASE | dict(sliding_window=3),
     dynamic=BASE | dict(rope_scaling=DYNAMIC, max_positions=6),
     tied=BASE | dict(tie_embeddings=True),

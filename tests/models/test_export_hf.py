@@ -31,6 +31,7 @@ PADDABLE = dict(
     window=config(B, NO_ATTENTION, sliding_window=4),
     odd_heads=config(LayerDims(3, 1, 40), LayerDims(1, 1, 48), biases=("o", "down")),
     narrow=config(A, B, d=24),
+    pairs=config(A._replace(pairs=(0, 2)), NO_ATTENTION, B._replace(pairs=(3,)), A, biases=("q", "k", "v")),
     bfloat16=config(A, B, NO_ATTENTION),
 )
 
@@ -88,6 +89,7 @@ def test_padding_to_the_shape_of_the_dense_model_gives_back_its_zeroed_groups(tm
         (config(A, A, d=24, norm_width=32), "divides by 32 instead of the width 24.*hf-custom"),
         (config(A, A, sliding_window=4, biases=("o",)), "sliding_window 4 and biases of o"),
         (config(A, A, rope_scaling=GRID), "'grid' is unknown"),
+        (config(*[A._replace(pairs=(0, 3))] * 2), "query heads of 2 rotary pairs, 48 channels.*export as hf-padded"),
     ],
 )
 def test_plain_profile_says_what_is_in_the_way(tmp_path, cfg, said):
@@ -237,6 +239,7 @@ def test_orbax_reads_the_stacked_parameters(tmp_path, dtype):
         (config(A, biases=("o", "down")), "biases of o, down"),
         (config(A, shortcuts=True), "rotated"),
         (config(A, sliding_window=4), "sliding_window 4"),
+        (config(A._replace(pairs=(0,))), "heads of 1 layers have lost rotary pairs; export as hf-padded"),
         (config(A, rope_scaling=(("factor", 2.0), ("rope_type", "linear"))), "factor=2.0, rope_type=linear.*Llama 3.1 only"),
     ],
 )

@@ -111,6 +111,9 @@ def test_greedy_removal_costs_what_the_definition_says(size, step):
             assert cost(gone) <= min(cost([*before, u]) for u in others) * (1 + 1e-4), block
 
 
+PAIRS = ({}, {"h": [1], "k": [1], "f": range(0, 48, 2)}, {"h": [0, 2, 3]})
+
+
 def _fit(target, keep=KEEP, params=PARAMS, cfg=CFG, **options):
     keep = tuple({a: np.asarray(list(x)) for a, x in k.items()} for k in keep)
     return recovery.reconstruct(params, cfg, keep, [TOKENS[:8], TOKENS[8:]], target=target, **options)
@@ -125,24 +128,30 @@ def test_nothing_pruned_keeps_every_bit(target):
     jax.tree.map(np.testing.assert_array_equal, fitted, PARAMS)
 
 
+@pytest.mark.parametrize("keep", [KEEP, PAIRS], ids=["groups", "pairs"])
 @pytest.mark.parametrize("target", recovery.TARGETS)
-def test_the_cut_of_a_reconstructed_model_is_exact(target):
-    fitted, cfg = _fit(target)
-    small, small_cfg = surgery.cut(fitted, cfg, PLAN)
+def test_the_cut_of_a_reconstructed_model_is_exact(target, keep):
+    plan = Plan(tuple({a: list(x) for a, x in k.items()} for k in keep), models.unit_counts(CFG, "kfh"))
+    fitted, cfg = _fit(target, keep)
+    small, small_cfg = surgery.cut(fitted, cfg, plan)
     names = ("o_bias", "down_bias") if target == "bias" else ("o", "down")
-    report = proof.verify(PARAMS, CFG, small, small_cfg, PLAN, TOKENS[:2], names)
+    report = proof.verify(PARAMS, CFG, small, small_cfg, plan, TOKENS[:2], names)
     assert report.exact
     assert not any(name.startswith("layers.0.") for name in report.updated)
     assert report.updated
 
 
+@pytest.mark.parametrize("keep", [KEEP, PAIRS], ids=["groups", "pairs"])
 @pytest.mark.parametrize("target", ["dense", "weights", "residual", "admm"])
-def test_the_residual_stream_comes_nearer_to_the_dense_one(target):
-    def after(params):
-        return models.observe(params, TOKENS, lambda sites: sites["f"].after, CFG)[-1]
+def test_the_residual_stream_comes_nearer_to_the_dense_one(target, keep):
+    plan = Plan(tuple({a: list(x) for a, x in k.items()} for k in keep), models.unit_counts(CFG, "kfh"))
 
-    plain = surgery.widen(*surgery.cut(PARAMS, CFG, PLAN)[:1], CFG, PLAN)
-    distance = [float(jnp.linalg.norm(after(p) - after(PARAMS))) for p in (_fit(target)[0], plain)]
+    def after(params):
+        cut, cfg = surgery.cut(params, CFG, plan)
+        return models.observe(cut, TOKENS, lambda sites: sites["f"].after, cfg)[-1]
+
+    dense = models.observe(PARAMS, TOKENS, lambda sites: sites["f"].after, CFG)[-1]
+    distance = [float(jnp.linalg.norm(after(p) - dense)) for p in (_fit(target, keep)[0], PARAMS)]
     assert distance[0] < 0.9 * distance[1]
 
 

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 WRITER = Path(__file__).parent / "write_folders.py"
-PROFILES = dict(hf=16, hf_padded=7, hf_custom=12, states=2)  # how many folders of each
+PROFILES = dict(hf=16, hf_padded=8, hf_custom=13, states=2)  # how many folders of each
 TOLERANCE = dict(float32=1e-5, bfloat16=5e-2)  # of the largest logit
 
 

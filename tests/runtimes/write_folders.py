@@ -77,11 +77,13 @@ PADDED = dict(
     window_odd_heads=config(B, LayerDims(0, 0, 40), sliding_window=6),
     qwen2=config(*MIXED, family="qwen2", biases=QKV, d=24),
     llama3=config(*MIXED, **rope("llama3")),
+    pairs=config(LayerDims(2, 2, 40, (0, 3)), A),
     bfloat16=config(*MIXED),
 )
 CUSTOM = dict(
     mixed=config(*MIXED, bos_id=0, eos_ids=(1,), pad_id=2),
     headless=config(*HEADLESS),
+    pairs=config(LayerDims(2, 2, 40, (0, 3)), A, LayerDims(1, 1, 48, (2,)), LayerDims(0, 0, 40)),
     tied=config(*MIXED, tie_embeddings=True, d=24),
     biases=config(*HEADLESS, biases=ALL),
     qwen2=config(*MIXED, family="qwen2", biases=QKV),

@@ -196,6 +196,33 @@ def test_equal_widths_stay_equal():
     assert len({tuple(tuple(map(len, layer.values())) for layer in p.keep) for p in measured}) == 1 < len(measured)
 
 
+def test_rotary_pairs_are_masked_as_they_are_cut():
+    """The paper's own unit of the attention: what is measured is what the cut model loses, at sizes that are allowed."""
+    counts = models.unit_counts(CFG, "hf")
+    scorer = importance.obs_importance(CFG, PARAMS, pairs=True)
+    scores = scorers.score(scorer, PARAMS, models.probes(CFG), [TOKENS])
+    assert [{a: len(s) for a, s in layer.items()} for layer in scores] == list(counts)
+    groups = scorers.score(importance.obs_importance(CFG, PARAMS), PARAMS, models.probes(CFG), [TOKENS])
+    for by_pair, by_group in zip(scores, groups, strict=True):  # the same weights, summed in another order
+        np.testing.assert_allclose(by_pair["h"].sum(), by_group["k"].sum(), rtol=1e-5)
+    start = plan.select(scores, tuple({"h": 3, "f": n["f"] - 8} for n in counts))
+    free, window = allocate.Constraints(units="hf", multiple_of=4), sizes.of_ratio(CFG, 0.3, 4)
+    measured: list[plan.Plan] = []
+    loss_of = gate_fitness(PARAMS, CFG, TOKENS)
+
+    def losses(plans):
+        measured.extend(plans)
+        return loss_of(plans)
+
+    settings = evolution.Evolution(population=6, generations=2, keep=2, mutations=5, crossovers=3, fresh=2, depth_rate=0.5)
+    problem = evolution.problem(CFG, start, losses, window, free, settings, evolution.Space(0.2, 0.1, 0.5))
+    found = _loop.evolve(problem, generations=2, keep=2, seed=0, settings={})
+    assert all(window.holds(sizes.cost_of(p, CFG, window)) for p in measured)
+    assert len({len(layer["h"]) for p in measured for layer in p.keep}) > 2, "pairs come and go"
+    for loss, best in found.best:
+        np.testing.assert_allclose(mean_loss(*surgery.cut(PARAMS, CFG, best)), loss, atol=2e-5)
+
+
 @pytest.mark.parametrize("at", [0, 1, 3])
 def test_an_interrupted_search_finds_the_same(tmp_path, at):
     whole, *_ = evolved(checkpoint=tmp_path / "whole.json")
