@@ -37,13 +37,14 @@ class Args:
     """Write the rows to this file, too."""
 
 
-VARIANTS = (  # power, attention, floor, target
-    (1.0, 1.0, 0.0, "dense"),
-    (0.85, 1.0, 0.0, "dense"),
-    (1.0, 1.5, 0.27, "none"),
-    (1.0, 1.5, 0.27, "dense"),
-    (0.85, 1.5, 0.27, "dense"),
-    (1.0, 1.5, 0.27, "residual"),
+VARIANTS = (  # power, attention, floor, target, its ridge, its correction
+    (1.0, 1.0, 0.0, "dense", 0.01, 1.0),
+    (0.85, 1.0, 0.0, "dense", 0.01, 1.0),
+    (1.0, 1.5, 0.27, "none", 0.01, 1.0),
+    (1.0, 1.5, 0.27, "dense", 0.01, 1.0),
+    (0.85, 1.5, 0.27, "dense", 0.01, 1.0),
+    (1.0, 1.5, 0.27, "residual", 0.01, 1.0),
+    (1.0, 1.5, 0.27, "residual", 0.06, 0.6),
 )
 
 
@@ -64,13 +65,14 @@ def main() -> None:
     batches = [blocks[i : i + 4] for i in range(0, len(blocks), 4)]
     curves = scorers.score(kronecker.kronecker_obs(cfg, jax.random.key(0)), params, models.probes(cfg), batches)
     rows = []
-    for power, attention, floor, target in VARIANTS:
+    for power, attention, floor, target, damp, correction in VARIANTS:
         constraints = allocate.Constraints(multiple_of=8, min_kept=floor)
         budget = round(args.ratio * cfg.decoder_parameters)
         keep = plan.select(curves, allocate.lagrangian(power, attention)(curves, cfg, budget, constraints))
-        small = pruned(params, cfg, keep, batches, target)
+        small = pruned(params, cfg, keep, batches, target, damp, correction)
         measured = {name: evaluate.perplexity(*small, tokens)["perplexity"] for name, tokens in ends.items()}
-        rows.append(dict(power=power, attention=attention, floor=floor, target=target) | measured)
+        settings = dict(power=power, attention=attention, floor=floor, target=target, ridge=damp, correction=correction)
+        rows.append(settings | measured)
         _common.show(f"kfac-obs at {args.ratio}", rows, args.json)
 
 
@@ -80,10 +82,10 @@ def joined(source: str) -> str:
     return text.separator.join(text.pieces)
 
 
-def pruned(params, cfg, keep: plan.Plan, batches, target: str):
+def pruned(params, cfg, keep: plan.Plan, batches, target: str, damp: float, correction: float):
     """The pruned model."""
     if target != "none":
-        params, cfg = recovery.reconstruct(params, cfg, keep.keep, batches, target=target)
+        params, cfg = recovery.reconstruct(params, cfg, keep.keep, batches, target=target, damp=damp, correction=correction)
     return surgery.cut(params, cfg, keep)
 
 

@@ -19,6 +19,7 @@ from jaxprune.models.units import positions
 from jaxprune.recovery.least_squares import admm, least_squares_to
 
 TARGETS = ("dense", "weights", "residual", "admm", "bias")
+RIDGE, CORRECTION = 6e-2, 0.6  # of `residual`
 SHAPES = 12  # widths that programs are compiled for, at most
 
 
@@ -29,7 +30,8 @@ def reconstruct(
     batches: Sequence[Any],
     *,
     target: str = "residual",
-    damp: float = 1e-2,
+    damp: float | None = None,
+    correction: float = CORRECTION,
     progress: Callable[[Sequence[Any], str], Iterable[Any]] | None = None,
 ) -> tuple[Params, LlamaConfig]:
     r"""Re-fits the output projections of pruned layers to what is left of their inputs.
@@ -42,7 +44,7 @@ def reconstruct(
     ==========  ==================================  =========================================================
     `dense`     of the dense model                  what all units of the dense model add
     `weights`   after the layers before are pruned  what all units would add to the same inputs
-    `residual`  after the layers before are pruned  what brings the residual stream back to the dense model's
+    `residual`  after the layers before are pruned  what brings the residual stream back towards the dense model's
     `admm`      of the dense model                  as `dense`, by 30 alternating directions instead of exactly
     `bias`      of the dense model                  its mean is added as a bias, the weights stay
     ==========  ==================================  =========================================================
@@ -52,7 +54,10 @@ def reconstruct(
       keep: per layer, axis letter (`k`, `h`, `f`) -> sorted indices of the units that stay; absent letters keep everything.
       batches: int32[b, t] arrays of calibration tokens of one shape.
       target: see above.
-      damp: ridge towards the dense weights, in means of the diagonal of the kept inputs' second moment; `admm` has none.
+      damp: ridge towards the dense weights, in means of the diagonal of the kept inputs' second moment; `admm` has none. None
+        is 0.06 of `residual` and 0.01 of the others.
+      correction: of `residual`, the part of what the layers before changed that the kept units should take back: 1 aims at the
+        dense residual stream, 0 is `weights`. Less than 1 fits the calibration text less closely and other text better.
       progress: wraps the sequence of layers; called with it and a description.
 
     Returns:
@@ -76,6 +81,9 @@ def reconstruct(
     (True, True)
     """
     check_target(cfg, target)
+    if not 0 <= correction <= 1:
+        raise ValueError(f"correction: {correction} given; allowed is 0 to 1")
+    damp = (RIDGE if target == "residual" else 1e-2) if damp is None else damp
     if not batches:
         raise ValueError("batches: none given; reconstruction needs at least one batch of calibration tokens")
     new_cfg = _with_biases(cfg) if target == "bias" else cfg
@@ -100,7 +108,7 @@ def reconstruct(
                 pruned = list(dense)
             whole = target == "admm"
             part = _part(p, axis, np.arange(n) if whole else kept, cfg.layer_arrays(dims), None if whole else pairs)
-            sums = _sums(p, part, axis, dense, pruned, target, cfg)
+            sums = _sums(p, part, axis, dense, pruned, target, correction, cfg)
             stays = _stays(p, axis, kept, pairs)
             if target == "bias":
                 fitted = _bias(p, axis, stays, sums)
@@ -217,7 +225,7 @@ class Sums(NamedTuple):
     tokens: Any = None
 
 
-def _sums(p, part: _Part, axis, dense: list, pruned: list, target: str, cfg) -> Sums:
+def _sums(p, part: _Part, axis, dense: list, pruned: list, target: str, correction: float, cfg) -> Sums:
     """The sums of a sublayer over all batches; takes the dense model's residual stream through it, in place."""
     inputs = int(np.prod(p[OUTPUT[axis]].shape[:-1]))
     width = int(np.prod(part.arrays[OUTPUT[axis]].shape[:-1])) if part.kept else 0
@@ -227,12 +235,12 @@ def _sums(p, part: _Part, axis, dense: list, pruned: list, target: str, cfg) -> 
     else:
         sums = Sums(zeros((width, width)), zeros((cfg.d, width)))
     for i, (d, x) in enumerate(zip(dense, pruned, strict=True)):
-        dense[i], sums = add_sums(p, part.arrays, part.units, part.head, axis, d, x, sums, target, cfg)
+        dense[i], sums = add_sums(p, part.arrays, part.units, part.head, axis, d, x, sums, target, correction, cfg)
     return sums
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "cfg", "target"), donate_argnames="sums")
-def add_sums(p, kept, index, head, axis, dense, pruned, sums: Sums, target, cfg):
+@functools.partial(jax.jit, static_argnames=("axis", "cfg", "target", "correction"), donate_argnames="sums")
+def add_sums(p, kept, index, head, axis, dense, pruned, sums: Sums, target, correction, cfg):
     """The dense model's residual stream after a sublayer, and the sums with one more batch."""
     name, dense, pruned = OUTPUT[axis], by_sequence(dense), by_sequence(pruned)
     z = reads(p, name, dense, cfg)
@@ -246,6 +254,9 @@ def add_sums(p, kept, index, head, axis, dense, pruned, sums: Sums, target, cfg)
         x = reads(kept, name, pruned, cfg)
         start = project(p, name, pruned, None, cfg, {})  # through the shortcut, with the bias
         y = after.astype(jnp.float32) - start.astype(jnp.float32)
+        if correction < 1:
+            own = project({name: p[name]}, name, jnp.zeros_like(dense), reads(p, name, pruned, cfg), cfg, {})
+            y = correction * y + (1 - correction) * own.astype(jnp.float32)
     else:
         z = z if target == "dense" else reads(p, name, pruned, cfg)
         x, y = jnp.take(z, index, axis=2), project({name: p[name]}, name, jnp.zeros_like(dense), z, cfg, {})

@@ -155,6 +155,21 @@ def test_the_residual_stream_comes_nearer_to_the_dense_one(target, keep):
     assert distance[0] < 0.9 * distance[1]
 
 
+def test_a_residual_target_without_correction_is_that_of_the_weights():
+    """And with all of it, the kept units are fitted nearest to the dense stream on the text that they are fitted on."""
+    none = _fit("residual", damp=1e-2, correction=0.0)[0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), none, _fit("weights")[0])
+    dense = models.observe(PARAMS, TOKENS, lambda sites: sites["k"].after, CFG)[1]
+    keep = ({"f": range(24)}, {"k": [1]}, {})  # the attention of layer 1 is the first that reads a stream of pruned layers
+    plan = Plan(tuple({a: list(x) for a, x in k.items()} for k in keep), models.unit_counts(CFG))
+    distance = []
+    for part in (0.0, 0.5, 1.0):
+        cut, cfg = surgery.cut(_fit("residual", keep, damp=1e-4, correction=part)[0], CFG, plan)
+        stream = models.observe(cut, TOKENS, lambda sites: sites["k"].after, cfg)[1]
+        distance.append(float(jnp.linalg.norm(stream - dense)))
+    assert distance[0] > distance[1] > distance[2]
+
+
 def test_dense_statistics_are_those_of_the_dense_model():
     inputs = models.observe(PARAMS, TOKENS, lambda sites: sites["f"].z.reshape(-1, 48), CFG)[2]
     x = np.asarray(inputs, np.float64).T
@@ -203,5 +218,7 @@ def test_a_sublayer_that_goes_entirely():
 def test_bad_input():
     with pytest.raises(ValueError, match="target: 'x' given; allowed are dense"):
         _fit("x")
+    with pytest.raises(ValueError, match=r"correction: 1.5 given; allowed is 0 to 1"):
+        _fit("residual", correction=1.5)
     with pytest.raises(ValueError, match="batches: none given"):
         recovery.reconstruct(PARAMS, CFG, KEEP, [])
