@@ -6,7 +6,7 @@ from jaxprune.models import _hf_chatglm, _hf_mamba
 from jaxprune.models._families import FAMILIES, LIKE_LLAMA, OURS, REFUSED
 from jaxprune.models._family import KEYS, TRAITS, Family, beyond_llama
 from jaxprune.models._hf_kinds import kinds_of_rope, rope_by_kind
-from jaxprune.models._hf_layers import architecture, layer_to_hf, layers_from_hf, number, positive, widths
+from jaxprune.models._hf_layers import PAIRS, architecture, layer_to_hf, layers_from_hf, number, positive, widths
 from jaxprune.models._hf_rope import OWN_LENGTH, partial_from_hf, rope_from_hf, rope_to_hf
 from jaxprune.models._hf_traits import GONE_KEY, fixed, traits_from_hf, traits_to_hf
 from jaxprune.models.config import LayerDims, LlamaConfig
@@ -141,6 +141,8 @@ def to_hf_config(cfg: Config) -> dict[str, Any]:
         config |= {SHORTCUTS_KEY: True} if cfg.shortcuts else {}
         config |= {} if cfg.norm_width is None else {NORM_KEY: cfg.norm_width}
         config["per_layer_config"] = {str(i): layer_to_hf(dims) for i, dims in enumerate(cfg.layers)}
+        # transformers 5 wants what some layers say to be said for the others, too
+        config |= {PAIRS: None} if any(dims.pairs is not None for dims in cfg.layers) else {}
     elif gone:
         config[GONE_KEY] = gone
     return config
