@@ -26,7 +26,7 @@ from jaxprune._curves import Item, choose
 from jaxprune._progress import progress
 from jaxprune.plan import Plan
 
-MULTIPLE, ATTENTION = 8, 1.5
+MULTIPLE = 8  # of channels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def knapsack(
     scores: models.PerLayer, cfg: models.LlamaConfig, ratio: float, floor: float
 ) -> tuple[list[Item], list[dict[str, np.ndarray]]]:
     """The recipe's allocation with the true cost of a head, and the order in which the units of each layer go."""
-    power, head = min(0.75 + 0.5 * ratio, 1.0), 2 * cfg.head_dim * cfg.d
+    power, head = methods.power(ratio), 2 * cfg.head_dim * cfg.d
     items, orders = [], []
     for i, (layer, dims) in enumerate(zip(scores, cfg.layers, strict=True)):
         order = {a: np.argsort(np.asarray(s), kind="stable") for a, s in layer.items()}
@@ -93,7 +93,7 @@ def knapsack(
         for unit in order["k"]:
             groups[unit // dims.q_per_kv] -= 1
             costs.append(costs[-1] + head + (0 if groups[unit // dims.q_per_kv] else head))
-        items.append(Item(i, "k", np.arange(len(costs)), ATTENTION * curve["k"], np.array(costs, np.float64)))
+        items.append(Item(i, "k", np.arange(len(costs)), methods.ATTENTION * curve["k"], np.array(costs, np.float64)))
         most = dims.ff - math.ceil(floor * dims.ff / MULTIPLE) * MULTIPLE
         counts = np.arange(0, most + 1, MULTIPLE)
         items.append(Item(i, "f", counts, curve["f"][counts], 3.0 * cfg.d * counts))

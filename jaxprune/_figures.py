@@ -27,7 +27,7 @@ def widths_figure(dense_cfg: LlamaConfig, pruned_cfg: LlamaConfig) -> "matplotli
     Raises:
       ValueError: the numbers of layers differ.
     """
-    before, after = (np.array([dims[:3] for dims in cfg.layers]) for cfg in (dense_cfg, pruned_cfg))
+    before, after = (np.array([dims.widths for dims in cfg.layers]) for cfg in (dense_cfg, pruned_cfg))
     if len(before) != len(after):
         raise ValueError(f"widths: {len(before)} dense and {len(after)} pruned layers given; they must be as many")
     alive = after[:, 0] > 0

@@ -112,10 +112,13 @@ def _hywia(cfg: Config, options: Options) -> scorers.Scorer:
     return scorers.hywia(loss_fn(cfg, microbatch=options.microbatch), aggregate=options.aggregate or "sum")
 
 
+def power(ratio: float) -> float:
+    """Of `kfac-obs`. Losses of sublayers add up less than they should when little goes: it grows with what goes."""
+    return min(0.75 + 0.5 * ratio, 1.0)
+
+
 def _lagrangian(scores: PerLayer, cfg: Config, budget: int, constraints: allocate.Constraints) -> Any:
-    """Losses of sublayers add up less than they should when little goes: the power grows with the budget."""
-    power = min(0.75 + 0.5 * budget / cfg.decoder_parameters, 1.0)
-    return allocate.lagrangian(power, 1.5)(scores, cfg, budget, constraints)
+    return allocate.lagrangian(power(budget / cfg.decoder_parameters), ATTENTION)(scores, cfg, budget, constraints)
 
 
 def _standardized(scores: PerLayer, *rest: Any) -> Any:
@@ -135,6 +138,7 @@ RANKINGS: dict[str, allocate.Allocator] = {
 WITHOUT_SCORES = ("local", "linear", "log")  # rankings whose widths do not depend on the scores
 
 DEFAULT = "kfac-obs"
+ATTENTION = 1.5  # factor of `kfac-obs` on losses of attentions
 GATED = ("kv", "mlp", "layers", "inner")
 ALL = (*GATED, "hidden")
 

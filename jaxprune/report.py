@@ -13,6 +13,7 @@ from jaxprune._files import atomic_bytes, atomic_text
 from jaxprune._metrics import rows
 from jaxprune._scores_figure import scores_figure
 from jaxprune.models import LayerDims, LlamaConfig
+from jaxprune.models.units import unit_sizes
 
 if typing.TYPE_CHECKING:
     import matplotlib.figure
@@ -99,7 +100,7 @@ def layer_rows(dense_cfg: LlamaConfig, pruned_cfg: LlamaConfig) -> list[dict[str
 
 
 def _head(before: LayerDims, after: LayerDims, cfg: LlamaConfig) -> dict[str, str]:
-    left, had = (cfg.sizes(dims)["h"] if dims.kv_heads else 0 for dims in (after, before))
+    left, had = (2 * unit_sizes(cfg, dims)["h"] for dims in (after, before))
     return {"head dimensions": f"{left} of {had}"}
 
 

@@ -93,9 +93,3 @@ def beyond_llama(cfg: LlamaConfig) -> list[str]:
         logit_cap="capped logits",
     )
     return [words for trait, words in what.items() if getattr(cfg, trait) != TRAITS[trait]]
-
-
-def cut_heads(cfg: LlamaConfig) -> list[str]:
-    """What a file of heads of one size has no place for, in a sentence, or nothing."""
-    layers = [i for i, dims in enumerate(cfg.layers) if dims.pairs is not None]
-    return [f"heads of {len(layers)} layers have lost rotary pairs; export as hf-padded or hf-custom"] if layers else []

@@ -33,7 +33,7 @@ def blocks(cfg: LlamaConfig) -> list[Block]:
     >>> from jaxprune.models import LayerDims, LlamaConfig
     >>> layers = (LayerDims(2, 2, 48), LayerDims(0, 0, 0), LayerDims(1, 2, 0), LayerDims(0, 0, 40))
     >>> for block in blocks(LlamaConfig(vocab=64, d=32, head_dim=8, layers=layers)):
-    ...     print(block.layer, block.stored[:3])
+    ...     print(block.layer, block.stored.widths)
     0 (2, 2, 48)
     2 (1, 2, 32)
     3 (0, 0, 40)

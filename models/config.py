@@ -26,6 +26,11 @@ class LayerDims(NamedTuple):
     ff: int
     pairs: tuple[int, ...] | None = None
 
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """The three numbers, without the pairs."""
+        return self[:3]
+
     def __repr__(self) -> str:
         shown = dict(zip(self._fields, self, strict=True))
         return f"LayerDims({', '.join(f'{name}={value}' for name, value in shown.items() if value is not None)})"
@@ -123,7 +128,7 @@ class LlamaConfig:
             )
         if self.norm_width is not None and self.norm_width < 1:
             raise ValueError(f"norm_width: {self.norm_width} given; it must be at least 1, or None for the width of the stream")
-        if any(n < 0 for dims in self.layers for n in dims[:3]):
+        if any(n < 0 for dims in self.layers for n in dims.widths):
             raise ValueError(f"layers: negative widths in {self.layers}; use 0 for a sublayer that is gone")
         if any(dims.pairs is not None for dims in self.layers):
             self._check_pairs()

@@ -245,6 +245,10 @@ def add_sums(p, kept, index, head, axis, dense, pruned, sums: Sums, target, corr
     name, dense, pruned = OUTPUT[axis], by_sequence(dense), by_sequence(pruned)
     z = reads(p, name, dense, cfg)
     after = project(p, name, dense, z, cfg, {})
+
+    def adds(z: jax.Array) -> jax.Array:
+        return project({name: p[name]}, name, jnp.zeros_like(dense), z, cfg, {})
+
     if target == "bias":
         rows = _rows(z)
         return after, sums._replace(total=sums.total + rows.sum(0), tokens=sums.tokens + len(rows))
@@ -255,11 +259,10 @@ def add_sums(p, kept, index, head, axis, dense, pruned, sums: Sums, target, corr
         start = project(p, name, pruned, None, cfg, {})  # through the shortcut, with the bias
         y = after.astype(jnp.float32) - start.astype(jnp.float32)
         if correction < 1:
-            own = project({name: p[name]}, name, jnp.zeros_like(dense), reads(p, name, pruned, cfg), cfg, {})
-            y = correction * y + (1 - correction) * own.astype(jnp.float32)
+            y = correction * y + (1 - correction) * adds(reads(p, name, pruned, cfg)).astype(jnp.float32)
     else:
         z = z if target == "dense" else reads(p, name, pruned, cfg)
-        x, y = jnp.take(z, index, axis=2), project({name: p[name]}, name, jnp.zeros_like(dense), z, cfg, {})
+        x, y = jnp.take(z, index, axis=2), adds(z)
         x = x if head is None else jnp.take(x, head, axis=4)
     rows, wanted = _rows(x), _rows(y)
     gram, target_sum = (jnp.matmul(a.T, rows, precision="highest") for a in (rows, wanted))

@@ -24,7 +24,7 @@ def sayable(cfg: LlamaConfig, dims: LayerDims) -> bool:
 
 def widest(cfg: LlamaConfig) -> LayerDims:
     """The largest of each width, over all layers; at least 1 where some layer is left at all."""
-    return LayerDims(*(max(1, *sizes) for sizes in zip(*(dims[:3] for dims in cfg.layers), strict=True)))
+    return LayerDims(*(max(1, *sizes) for sizes in zip(*(dims.widths for dims in cfg.layers), strict=True)))
 
 
 def uniform(cfg: LlamaConfig) -> LayerDims | None:
@@ -69,6 +69,12 @@ def words(dims: LayerDims) -> str:
 def numbers(layers: list[int]) -> str:
     """`layer 3`, or `layers 1, 2, 5 ...` with at most four of them."""
     return f"layer{'s' * (len(layers) > 1)} {', '.join(map(str, layers[:4]))}{' ...' if len(layers) > 4 else ''}"
+
+
+def cut_heads(cfg: LlamaConfig) -> list[str]:
+    """What a file of heads of one size has no place for, in a sentence, or nothing."""
+    layers = [i for i, dims in enumerate(cfg.layers) if dims.pairs is not None]
+    return [f"heads of {numbers(layers)} have lost rotary pairs; export as hf-padded or hf-custom"] if layers else []
 
 
 def shapes_of(cfg: LlamaConfig) -> tuple[dict[LayerDims, list[int]], str]:

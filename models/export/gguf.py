@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune.models import _stored
-from jaxprune.models._family import beyond_llama, cut_heads
+from jaxprune.models._family import beyond_llama
 from jaxprune.models._gguf import PART
 from jaxprune.models._gguf_blocks import LEAST_FF, architecture, blocks
 from jaxprune.models._gguf_config import PERMUTED
@@ -16,6 +16,7 @@ from jaxprune.models.config import LlamaConfig
 from jaxprune.models.export._gguf_metadata import add_model, add_tokenizer, rope_problem
 from jaxprune.models.export._gguf_tensors import ALIGNMENT, QUANTIZATIONS, Tensor, divisors, ggml_type, tensors, too_narrow
 from jaxprune.models.export._gguf_tokenizer import vocabulary
+from jaxprune.models.export._plain import cut_heads
 from jaxprune.models.types import Params
 
 TYPES = QUANTIZATIONS  # the default first

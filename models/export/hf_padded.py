@@ -39,9 +39,9 @@ def problems(cfg: LlamaConfig, dims: LayerDims | None = None) -> list[str]:
     if why or dims is None:
         return why
     for i, have in kept(cfg).items():
-        if any(n > m for n, m in zip(have[:3], dims[:3], strict=True)):
+        if any(n > m for n, m in zip(have.widths, dims.widths, strict=True)):
             return [f"{words(dims)} given; layer {i} has {words(have)}: give at least {words(widest(cfg))}"]
-    if not min(dims[:3]) or not sayable(cfg, dims):
+    if not min(dims.widths) or not sayable(cfg, dims):
         least = uniform(cfg)
         return [f"{words(dims)} given; no class of transformers has such layers: leave it out, or give {words(least or dims)}"]
     return []

@@ -31,9 +31,9 @@ import jax
 import numpy as np
 
 from jaxprune.models import _stored
-from jaxprune.models._family import beyond_llama, cut_heads
+from jaxprune.models._family import beyond_llama
 from jaxprune.models.config import LlamaConfig
-from jaxprune.models.export._plain import kept, shapes_of
+from jaxprune.models.export._plain import cut_heads, kept, shapes_of
 from jaxprune.models.export.hf import refuse
 from jaxprune.models.params import shapes
 from jaxprune.models.types import Params
@@ -71,7 +71,7 @@ def problems(cfg: LlamaConfig) -> list[str]:
             f"layers have {len(layers)} different shapes ({shown}), and stacked parameters have one; pad them "
             f"(jaxprune.models.export.hf_padded.pad), or prune all layers to one shape"
         )
-    elif not layers or not min(next(iter(layers))[:3]):
+    elif not layers or not min(next(iter(layers)).widths):
         why.append(f"MaxText's layers have an attention and an MLP; here {shown or 'nothing is left of any layer'}")
     if cfg.biases:
         why.append(

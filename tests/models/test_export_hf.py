@@ -239,7 +239,7 @@ def test_orbax_reads_the_stacked_parameters(tmp_path, dtype):
         (config(A, biases=("o", "down")), "biases of o, down"),
         (config(A, shortcuts=True), "rotated"),
         (config(A, sliding_window=4), "sliding_window 4"),
-        (config(A._replace(pairs=(0,))), "heads of 1 layers have lost rotary pairs; export as hf-padded"),
+        (config(A._replace(pairs=(0,))), "heads of layer 0 have lost rotary pairs; export as hf-padded"),
         (config(A, rope_scaling=(("factor", 2.0), ("rope_type", "linear"))), "factor=2.0, rope_type=linear.*Llama 3.1 only"),
     ],
 )
