@@ -45,6 +45,7 @@ VARIANTS = (  # power, attention, floor, target, its ridge, its correction
     (0.85, 1.5, 0.27, "dense", 0.01, 1.0),
     (1.0, 1.5, 0.27, "residual", 0.01, 1.0),
     (1.0, 1.5, 0.27, "residual", 0.06, 0.6),
+    (1.0, 1.5, 0.27, "residual", 0.06, (1.0, 0.2)),
 )
 
 
@@ -82,7 +83,7 @@ def joined(source: str) -> str:
     return text.separator.join(text.pieces)
 
 
-def pruned(params, cfg, keep: plan.Plan, batches, target: str, damp: float, correction: float):
+def pruned(params, cfg, keep: plan.Plan, batches, target: str, damp: float, correction: float | tuple[float, float]):
     """The pruned model."""
     if target != "none":
         params, cfg = recovery.reconstruct(params, cfg, keep.keep, batches, target=target, damp=damp, correction=correction)

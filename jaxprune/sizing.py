@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxprune import _beside, _hlo, _losses, methods, models, pipeline, recovery, sharding
 from jaxprune.models import LayerDims, LlamaConfig, Params
-from jaxprune.recovery.reconstruct import CORRECTION, Sums, add_sums
+from jaxprune.recovery.reconstruct import Sums, add_sums
 from jaxprune.recovery.train import State, update_state
 
 STAGES = ("forward", "score", "reconstruct", "recover")
@@ -179,4 +179,5 @@ def _reconstruct(params: Any, tokens: Any, cfg: LlamaConfig, mesh: Mesh) -> Any:
     whole = NamedSharding(mesh, PartitionSpec())
     sums = Sums(*(jax.ShapeDtypeStruct((m, n), jnp.float32, sharding=whole) for m in (n, cfg.d)))
     index = jax.ShapeDtypeStruct((n,), jnp.int32)
-    return add_sums.lower(p, kept, index, None, "f", stream, stream, sums, "residual", CORRECTION, cfg)
+    correction = jax.ShapeDtypeStruct((), jnp.float32)
+    return add_sums.lower(p, kept, index, None, "f", stream, stream, sums, "residual", correction, cfg)

@@ -19,7 +19,7 @@ from jaxprune.models.units import positions
 from jaxprune.recovery.least_squares import admm, least_squares_to
 
 TARGETS = ("dense", "weights", "residual", "admm", "bias")
-RIDGE, CORRECTION = 6e-2, 0.6  # of `residual`
+RIDGE, CORRECTION = 6e-2, (1.0, 0.2)  # of `residual`
 SHAPES = 12  # widths that programs are compiled for, at most
 
 
@@ -31,7 +31,7 @@ def reconstruct(
     *,
     target: str = "residual",
     damp: float | None = None,
-    correction: float = CORRECTION,
+    correction: float | tuple[float, float] = CORRECTION,
     progress: Callable[[Sequence[Any], str], Iterable[Any]] | None = None,
 ) -> tuple[Params, LlamaConfig]:
     r"""Re-fits the output projections of pruned layers to what is left of their inputs.
@@ -56,8 +56,9 @@ def reconstruct(
       target: see above.
       damp: ridge towards the dense weights, in means of the diagonal of the kept inputs' second moment; `admm` has none. None
         is 0.06 of `residual` and 0.01 of the others.
-      correction: of `residual`, the part of what the layers before changed that the kept units should take back: 1 aims at the
-        dense residual stream, 0 is `weights`. Less than 1 fits the calibration text less closely and other text better.
+      correction: of `residual`, the part of what the layers before changed that the kept units should take back, or that
+        of the first and of the last layer, linear in between. 1 aims at the dense residual stream, 0 is `weights`. Less than 1
+        fits the calibration text less closely and other text better, most of all in the last layers.
       progress: wraps the sequence of layers; called with it and a description.
 
     Returns:
@@ -81,7 +82,8 @@ def reconstruct(
     (True, True)
     """
     check_target(cfg, target)
-    if not 0 <= correction <= 1:
+    first, last = np.broadcast_to(correction, 2)
+    if not 0 <= min(first, last) <= max(first, last) <= 1:
         raise ValueError(f"correction: {correction} given; allowed is 0 to 1")
     damp = (RIDGE if target == "residual" else 1e-2) if damp is None else damp
     if not batches:
@@ -91,6 +93,7 @@ def reconstruct(
     dense = [embedded(params, jnp.asarray(b), cfg) for b in batches]
     pruned = dense  # the same list until the two streams part
     where = places(cfg.runs)
+    parts = np.linspace(first, last, len(where)).astype(np.float32)
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "reconstructing"):
         run, i = where[layer]
         name, dims, p = run.name, run.dims, layer_of(params, run, i)
@@ -108,7 +111,7 @@ def reconstruct(
                 pruned = list(dense)
             whole = target == "admm"
             part = _part(p, axis, np.arange(n) if whole else kept, cfg.layer_arrays(dims), None if whole else pairs)
-            sums = _sums(p, part, axis, dense, pruned, target, correction, cfg)
+            sums = _sums(p, part, axis, dense, pruned, target, parts[layer], cfg)
             stays = _stays(p, axis, kept, pairs)
             if target == "bias":
                 fitted = _bias(p, axis, stays, sums)
@@ -225,7 +228,7 @@ class Sums(NamedTuple):
     tokens: Any = None
 
 
-def _sums(p, part: _Part, axis, dense: list, pruned: list, target: str, correction: float, cfg) -> Sums:
+def _sums(p, part: _Part, axis, dense: list, pruned: list, target: str, correction: np.float32, cfg) -> Sums:
     """The sums of a sublayer over all batches; takes the dense model's residual stream through it, in place."""
     inputs = int(np.prod(p[OUTPUT[axis]].shape[:-1]))
     width = int(np.prod(part.arrays[OUTPUT[axis]].shape[:-1])) if part.kept else 0
@@ -239,7 +242,7 @@ def _sums(p, part: _Part, axis, dense: list, pruned: list, target: str, correcti
     return sums
 
 
-@functools.partial(jax.jit, static_argnames=("axis", "cfg", "target", "correction"), donate_argnames="sums")
+@functools.partial(jax.jit, static_argnames=("axis", "cfg", "target"), donate_argnames="sums")
 def add_sums(p, kept, index, head, axis, dense, pruned, sums: Sums, target, correction, cfg):
     """The dense model's residual stream after a sublayer, and the sums with one more batch."""
     name, dense, pruned = OUTPUT[axis], by_sequence(dense), by_sequence(pruned)
@@ -257,9 +260,8 @@ def add_sums(p, kept, index, head, axis, dense, pruned, sums: Sums, target, corr
     if target == "residual":
         x = reads(kept, name, pruned, cfg)
         start = project(p, name, pruned, None, cfg, {})  # through the shortcut, with the bias
-        y = after.astype(jnp.float32) - start.astype(jnp.float32)
-        if correction < 1:
-            y = correction * y + (1 - correction) * adds(reads(p, name, pruned, cfg)).astype(jnp.float32)
+        back = after.astype(jnp.float32) - start.astype(jnp.float32)
+        y = correction * back + (1 - correction) * adds(reads(p, name, pruned, cfg)).astype(jnp.float32)
     else:
         z = z if target == "dense" else reads(p, name, pruned, cfg)
         x, y = jnp.take(z, index, axis=2), adds(z)

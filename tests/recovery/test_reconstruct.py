@@ -170,6 +170,15 @@ def test_a_residual_target_without_correction_is_that_of_the_weights():
     assert distance[0] > distance[1] > distance[2]
 
 
+def test_the_correction_goes_from_the_first_layer_to_the_last():
+    """Of three layers the one in the middle has the mean; the last has its own, and reads what the others left."""
+    same = [_fit("residual", correction=c)[0]["run_0"] for c in ((0.5, 0.5), 0.5)]
+    jax.tree.map(np.testing.assert_array_equal, *same)
+    falling, middle = (_fit("residual", correction=c)[0]["run_0"] for c in ((0.75, 0.25), 0.5))
+    np.testing.assert_array_equal(falling["down"][1], middle["down"][1])
+    assert np.abs(np.asarray(falling["down"][2] - middle["down"][2])).max() > 1e-3
+
+
 def test_dense_statistics_are_those_of_the_dense_model():
     inputs = models.observe(PARAMS, TOKENS, lambda sites: sites["f"].z.reshape(-1, 48), CFG)[2]
     x = np.asarray(inputs, np.float64).T
@@ -220,5 +229,7 @@ def test_bad_input():
         _fit("x")
     with pytest.raises(ValueError, match=r"correction: 1.5 given; allowed is 0 to 1"):
         _fit("residual", correction=1.5)
+    with pytest.raises(ValueError, match=r"correction: \(1.0, -0.5\) given; allowed is 0 to 1"):
+        _fit("residual", correction=(1.0, -0.5))
     with pytest.raises(ValueError, match="batches: none given"):
         recovery.reconstruct(PARAMS, CFG, KEEP, [])
