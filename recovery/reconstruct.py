@@ -82,8 +82,7 @@ def reconstruct(
     (True, True)
     """
     check_target(cfg, target)
-    first, last = np.broadcast_to(correction, 2)
-    if not 0 <= min(first, last) <= max(first, last) <= 1:
+    if not all(0 <= part <= 1 for part in np.ravel(correction)):
         raise ValueError(f"correction: {correction} given; allowed is 0 to 1")
     damp = (RIDGE if target == "residual" else 1e-2) if damp is None else damp
     if not batches:
@@ -93,7 +92,8 @@ def reconstruct(
     dense = [embedded(params, jnp.asarray(b), cfg) for b in batches]
     pruned = dense  # the same list until the two streams part
     where = places(cfg.runs)
-    parts = np.linspace(first, last, len(where)).astype(np.float32)
+    first, last = np.broadcast_to(correction, 2)
+    corrections = np.linspace(first, last, len(where)).astype(np.float32)
     for layer in range(len(where)) if progress is None else progress(range(len(where)), "reconstructing"):
         run, i = where[layer]
         name, dims, p = run.name, run.dims, layer_of(params, run, i)
@@ -111,7 +111,7 @@ def reconstruct(
                 pruned = list(dense)
             whole = target == "admm"
             part = _part(p, axis, np.arange(n) if whole else kept, cfg.layer_arrays(dims), None if whole else pairs)
-            sums = _sums(p, part, axis, dense, pruned, target, parts[layer], cfg)
+            sums = _sums(p, part, axis, dense, pruned, target, corrections[layer], cfg)
             stays = _stays(p, axis, kept, pairs)
             if target == "bias":
                 fitted = _bias(p, axis, stays, sums)
