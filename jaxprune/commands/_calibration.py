@@ -42,6 +42,17 @@ class Reconstruction:
     """Tokens in such a sequence."""
 
 
+def check_fit(fit: Reconstruction, target: str | None) -> None:
+    """Raises ValueError where tokens to fit on are asked for and there are none, or nothing is fitted."""
+    for name, least in dict(fit_samples=1, fit_length=2).items():
+        if (number := getattr(fit, name)) is None:
+            continue
+        if number < least:
+            raise ValueError(f"{name}: {number} given; ask for at least {least}")
+        if target is None:
+            raise ValueError(f"{name}: {number} given, but no weights are fitted; name a --reconstruct, or leave it out")
+
+
 def calibration_tokens(
     flags: Calibration,
     fit: Reconstruction,

@@ -11,7 +11,7 @@ from jaxprune import _hosts, _profiles, data, folder, methods, models, pipeline,
 from jaxprune._progress import progress
 from jaxprune._scores_file import write_scores
 from jaxprune.commands import _budget, _devices
-from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, described
+from jaxprune.commands._calibration import Calibration, Reconstruction, calibration_tokens, check_fit, described
 from jaxprune.commands._common import ModelName, Output, Profile, flag, layer_range, peak_memory, say, stage
 from jaxprune.commands._compute import Compute
 from jaxprune.models import Config
@@ -120,14 +120,19 @@ class Prune:
             seed=self.calibration.seed,
         )
         _budget.check(self.budget, settings, ratio=self.ratio, plan=self.plan)
+        check_fit(self.reconstruction, self.target(settings))
         return settings
+
+    def target(self, settings: pipeline.Settings) -> str | None:
+        """What the weights that stay are fitted to, or None where they stay as they are."""
+        return None if self.plan and self.reconstruction.reconstruct is None else settings.target
 
 
 def run(args: Prune) -> dict[str, Any]:
     """Prunes and saves; returns what happened, for a table."""
     settings, seconds = args.settings(), dict[str, float]()
     scores_text = args.plan is None and methods.find(args.method).needs != "weights"
-    target = None if args.plan and args.reconstruction.reconstruct is None else settings.target
+    target = args.target(settings)
     reads_text = scores_text or target is not None
     if args.calibration.calibration_sha256 is not None and not reads_text:
         raise ValueError(f"calibration_sha256: given, but {'--plan' if args.plan else args.method} reads no text; leave it out")
