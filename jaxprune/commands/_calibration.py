@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import jax
 
 from jaxprune import budgets, calibration_choice, data, folder, methods, pipeline
-from jaxprune.commands._common import check_tokens, flag, say
+from jaxprune.commands._common import check_least, check_tokens, flag, say
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,9 @@ class Reconstruction:
 
 def check_fit(fit: Reconstruction, target: str | None) -> None:
     """Raises ValueError where tokens to fit on are asked for and there are none, or nothing is fitted."""
-    for name, least in dict(fit_samples=1, fit_length=2).items():
-        if (number := getattr(fit, name)) is None:
-            continue
-        if number < least:
-            raise ValueError(f"{name}: {number} given; ask for at least {least}")
-        if target is None:
+    check_least(fit, fit_samples=1, fit_length=2)
+    for name in ("fit_samples", "fit_length"):
+        if target is None and (number := getattr(fit, name)) is not None:
             raise ValueError(f"{name}: {number} given, but no weights are fitted; name a --reconstruct, or leave it out")
 
 
@@ -95,8 +92,7 @@ def _for_scores(
     method = methods.find(settings.method)
     samples = (method.samples if flags.samples is None else flags.samples) * settings.steps
     length = up_to_a_row(flags.calibration, method.length) if flags.length is None else flags.length
-    if flags.candidates < 1:
-        raise ValueError(f"candidates: {flags.candidates} given; ask for at least 1")
+    check_least(flags, candidates=1)
     found = draw(flags, model, samples, length, flags.samples is None and settings.steps == 1)
     if flags.candidates > 1:
         found = _least_divergence(flags, settings, model, found, goal)

@@ -77,6 +77,13 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def check_least(flags: Any, **least: int) -> None:
+    """Raises ValueError where a flag is given and its number is smaller."""
+    for name, smallest in least.items():
+        if (number := getattr(flags, name)) is not None and number < smallest:
+            raise ValueError(f"{name}: {number} given; ask for at least {smallest}")
+
+
 def check_tokens(tokens: np.ndarray, cfg: Config, source: str) -> None:
     """Raises ValueError unless the model has all of the tokens, for JAX reads any other as its last one."""
     if tokens.max() >= cfg.vocab:

@@ -11,7 +11,7 @@ from jaxprune._json import write_json
 from jaxprune.commands import _bench_cell, _devices, evaluate
 from jaxprune.commands._bench_cell import Cell
 from jaxprune.commands._calibration import Calibration
-from jaxprune.commands._common import ModelName, Output, flag, say
+from jaxprune.commands._common import ModelName, Output, check_least, flag, say
 from jaxprune.commands._stages import kept, once, opened
 from jaxprune.models import checkpoint
 from jaxprune.models.mamba_config import only_llama
@@ -102,9 +102,7 @@ def _check(args: Bench, asked: dict[str, Cell]) -> None:
     """
     if not args.ratios:
         raise ValueError("ratios: none given; give at least one between 0 and 1, e.g. 0.2")
-    for name, least in dict(samples=1, length=2).items():
-        if (number := getattr(args.calibration, name)) is not None and number < least:
-            raise ValueError(f"{name}: {number} given; ask for at least {least}")
+    check_least(args.calibration, samples=1, length=2)
     only_llama(checkpoint.read_config(args.model), "bench")
     evaluate.inputs(evaluate.Evaluate(model=args.model, **dataclasses.asdict(args.measurement)))
     used = [
